@@ -1,0 +1,73 @@
+// t2ct._C: the compiled kernels behind t2ct.ops. Plain pointers and sizes, no torch headers, so that one build serves
+// every torch. Shapes, layouts and lifetimes are checked by the callers in t2ct/ops; nobody else calls this module.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/norm.h"
+
+namespace py = pybind11;
+using address = uintptr_t;
+
+namespace {
+
+template <typename T>
+T* at(address p) {
+  return reinterpret_cast<T*>(p);
+}
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (int i = 0; i < t2ct::isa_count(); ++i) names.push_back(t2ct::isa_name(i));
+  return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of t2ct. Tensors are channels-last, given as addresses; `shape` is (samples, voxels, "
+            "channels, groups, bfloat16); `isa` is an index into isas().";
+  m.def("isas", &isas, "Instruction sets compiled in that this machine has, best first.");
+  m.attr("compiled_isas") = std::vector<std::string>{
+#ifdef T2CT_X86
+      "avx512", "avx2",
+#endif
+      "portable"};
+
+  using Shape = std::tuple<int64_t, int64_t, int64_t, int64_t, bool>;
+  auto unpack = [](const Shape& s) {
+    return t2ct::NormShape{std::get<0>(s), std::get<1>(s), std::get<2>(s), std::get<3>(s), std::get<4>(s)};
+  };
+  using release = py::call_guard<py::gil_scoped_release>;
+
+  m.def("group_stats",
+        [unpack](Shape shape, address x, address mean, address m2, int threads, int isa) {
+          t2ct::group_stats(unpack(shape), at<void>(x), at<double>(mean), at<double>(m2), threads, isa);
+        },
+        release(), "x -> float64 mean and M2 of every group, (samples, groups) each.");
+  m.def("group_apply",
+        [unpack](Shape shape, address x, address y, address mean, address rstd, address weight, address bias, bool silu,
+                 int threads, int isa) {
+          t2ct::group_apply(unpack(shape), at<void>(x), at<void>(y), at<float>(mean), at<float>(rstd),
+                            at<float>(weight), at<float>(bias), silu, threads, isa);
+        },
+        release(), "y = [silu]((x - mean) * rstd * weight + bias); y may be x. Statistics and parameters float32.");
+  m.def("group_norm",
+        [unpack](Shape shape, address x, address y, address weight, address bias, double eps, bool silu, address mean,
+                 address rstd, int threads, int isa) {
+          t2ct::group_norm(unpack(shape), at<void>(x), at<void>(y), at<float>(weight), at<float>(bias), eps, silu,
+                           at<float>(mean), at<float>(rstd), threads, isa);
+        },
+        release(), "Statistics, then apply; writes float32 mean and rstd (samples, groups) too.");
+  m.def("group_norm_backward",
+        [unpack](Shape shape, address dy, address x, address dx, address mean, address rstd, address weight,
+                 address bias, bool silu, address dweight, address dbias, int threads, int isa) {
+          t2ct::group_norm_backward(unpack(shape), at<void>(dy), at<void>(x), at<void>(dx), at<float>(mean), at<float>(rstd),
+                               at<float>(weight), at<float>(bias), silu, at<float>(dweight), at<float>(dbias), threads,
+                               isa);
+        },
+        release(), "The gradients of group_norm: dx in x's dtype, dweight and dbias float32 (channels,).");
+}

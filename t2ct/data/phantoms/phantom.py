@@ -1,0 +1,182 @@
+"""`phantom(seed, findings)`: a procedural chest CT with an exactly known truth."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from t2ct.data.phantoms.anatomy import draw_anatomy
+from t2ct.data.phantoms.body import paint_abdomen, paint_bones, paint_table, paint_wall
+from t2ct.data.phantoms.canvas import Canvas
+from t2ct.data.phantoms.chest import paint_lungs, paint_mediastinum
+from t2ct.data.phantoms.findings import FINDINGS, LABELS, Finding, Scene, complete, draw_findings
+from t2ct.data.phantoms.organs import ORGANS
+from t2ct.data.phantoms.report import write_report
+from t2ct.data.phantoms.scanner import scan
+
+if TYPE_CHECKING:
+    from t2ct.volume import Volume
+
+FIELD_OF_VIEW = (352.0, 352.0, 320.0)  # mm: a whole adult chest
+
+FindingLike = str | Finding | Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Phantom:
+    """A synthetic chest CT and its truth.
+
+    hu: (X, Y, Z) int16 HU, axes RAS. affine: (4, 4) float64 voxel -> RAS mm. report: "findings" and "impression".
+    prompt: the text a model is trained on. labels: (18,) uint8 in the order of `LABELS`. present: the findings drawn.
+    mask: (X, Y, Z) uint8, numbers are indices into `ORGANS`.
+    """
+
+    seed: int
+    hu: np.ndarray
+    affine: np.ndarray
+    report: dict[str, str]
+    prompt: str
+    labels: np.ndarray
+    present: tuple[Finding, ...]
+    mask: np.ndarray
+
+    @cached_property
+    def volume(self) -> Volume:
+        """The CT as a `Volume`."""
+        from t2ct.volume import Volume
+
+        return Volume(self.hu, self.affine, prompt=self.prompt, seed=self.seed, provenance=self._facts())
+
+    def _facts(self) -> dict[str, object]:
+        return {
+            "source": "t2ct phantom",
+            "seed": self.seed,
+            "report": self.report,
+            "labels": [name for name, on in zip(LABELS, self.labels, strict=True) if on],
+            "findings": [f.as_dict() for f in self.present],
+        }
+
+    def wordings(self, count: int) -> list[str]:
+        """`prompt` and count - 1 further prompts that say the same in other words, order and detail."""
+        anatomy = draw_anatomy(_stream(self.seed, "anatomy"))
+        for f in self.present:
+            FINDINGS[f.name].prepare(anatomy, f, _stream(self.seed, "prepare " + f.name))
+        others = (write_report(self.present, anatomy, _stream(self.seed, f"report {i}")) for i in range(1, count))
+        return [self.prompt, *(prompt for _, prompt in others)]
+
+    def save(self, folder: str | Path) -> dict[str, Path]:
+        """Write ct.nii.gz, mask.nii.gz, report.json and preview.png into `folder`; returns their paths."""
+        import nibabel as nib
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        names = {"volume": "ct.nii.gz", "mask": "mask.nii.gz", "report": "report.json", "preview": "preview.png"}
+        paths = {key: folder / name for key, name in names.items()}
+        self.volume.save(paths["volume"])
+        image = nib.Nifti1Image(self.mask, self.affine)
+        image.header["descrip"] = b"SYNTHETIC t2ct phantom, organ labels"
+        nib.save(image, paths["mask"])
+        facts = {**self._facts(), "prompt": self.prompt, "organs": dict(enumerate(ORGANS))}
+        paths["report"].write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        self.volume.preview(paths["preview"])
+        return paths
+
+
+def _stream(seed: int, name: str) -> np.random.Generator:
+    """One random stream per purpose, so that more findings or words never change the anatomy of a seed."""
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, *name.encode()])))
+
+
+@dataclass(frozen=True)
+class Description:
+    """What is known of a phantom before it is drawn; the fields are those of `Phantom`."""
+
+    report: dict[str, str]
+    prompt: str
+    labels: np.ndarray
+    present: tuple[Finding, ...]
+
+
+def describe(seed: int, findings: Sequence[FindingLike] | None = None) -> Description:
+    """Findings, labels and report of `phantom(seed, findings)` without the volume, in about a millisecond.
+
+    Raises as `phantom` does.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
+        raise TypeError(f"seed: wanted an int, got {type(seed).__name__}")
+    if seed < 0:
+        raise ValueError(f"seed: wanted an integer >= 0, got {seed}")
+    seed = int(seed)
+    if findings is None:
+        wanted = draw_findings(_stream(seed, "findings"))
+    elif isinstance(findings, (str, Mapping, Finding)):
+        raise TypeError(f"findings: wanted a list of findings, got {type(findings).__name__}")
+    else:
+        wanted = [Finding.of(f) for f in findings]
+    present = complete(wanted, lambda name: _stream(seed, "draw " + name))
+    labels = np.array([any(FINDINGS[f.name].label == name for f in present) for name in LABELS], np.uint8)
+    report, prompt = write_report(present, draw_anatomy(_stream(seed, "anatomy")), _stream(seed, "report"))
+    return Description(report, prompt, labels, present)
+
+
+def phantom(
+    seed: int,
+    findings: Sequence[FindingLike] | None = None,
+    size: tuple[int, int, int] = (128, 128, 64),
+    spacing: tuple[float, float, float] | None = None,
+) -> Phantom:
+    """Build the chest CT of `seed`.
+
+    findings: None draws them from the seed (about a quarter are normal), [] is a normal chest, otherwise names such as
+    "pleural effusion", `Finding`s or dicts {"name": …, "side": …, "lobe": …, "size": …}; what is left out is drawn.
+    size: voxels (X, Y, Z), each at least 16. spacing: mm; by default the grid covers 352 x 352 x 320 mm, so that the
+    same seed on another grid is the same patient.
+
+    Raises ValueError or TypeError for a seed that is not an integer >= 0, unknown findings, sides, lobes or sizes, and
+    grids that are no grids. Same arguments, same bits.
+    """
+    grid = _triple("size", size, 16)
+    size = (int(grid[0]), int(grid[1]), int(grid[2]))
+    if any(v != int(v) for v in grid):
+        raise ValueError(f"size: wanted three integers, got {grid}")
+    if spacing is None:
+        spacing = tuple(f / n for f, n in zip(FIELD_OF_VIEW, size, strict=True))  # type: ignore[assignment]
+    spacing = _triple("spacing", spacing, 0.1)
+
+    text = describe(seed, findings)
+    seed, present = int(seed), text.present
+    anatomy = draw_anatomy(_stream(seed, "anatomy"))
+    for f in present:
+        FINDINGS[f.name].prepare(anatomy, f, _stream(seed, "prepare " + f.name))
+    canvas = Canvas(size, spacing, anatomy.frame)
+    x, y, z = canvas.x, canvas.y, canvas.z
+    cage = anatomy.cage(x, y, z)
+    lungs = anatomy.lungs(x, y, z)
+    body = paint_wall(canvas, anatomy, cage)
+    paint_abdomen(canvas, anatomy, cage, _stream(seed, "abdomen"))
+    alpha = paint_lungs(canvas, anatomy, lungs, _stream(seed, "lungs"))
+    scene = Scene(canvas, anatomy, lungs, alpha, present, _stream(seed, "points"))
+    paint_mediastinum(canvas, anatomy)
+    paint_bones(canvas, anatomy, body)
+    for f in sorted(present, key=lambda f: FINDINGS[f.name].layer):
+        FINDINGS[f.name].paint(scene, f, _stream(seed, "paint " + f.name))
+    paint_table(canvas)
+    hu = scan(canvas.hu, spacing, _stream(seed, "scanner"))
+
+    return Phantom(seed, hu, canvas.affine, text.report, text.prompt, text.labels, present, canvas.mask)
+
+
+def _triple(name: str, value: object, least: float) -> tuple[float, float, float]:
+    try:
+        numbers = tuple(float(v) for v in value)  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        numbers = ()
+    if len(numbers) != 3 or not all(np.isfinite(numbers)) or min(numbers) < least:
+        raise ValueError(f"{name}: wanted three numbers >= {least}, got {value!r}")
+    return numbers  # type: ignore[return-value]

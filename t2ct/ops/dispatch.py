@@ -1,0 +1,88 @@
+"""Which kernel runs. An op's table lists its backends in order of preference; the first that can run wins."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+Table = Mapping[str, Callable[..., Any]]
+
+_C: Any = None
+_no_native = ""
+try:
+    _C = import_module("t2ct._C")
+except ModuleNotFoundError:
+    _no_native = "t2ct._C was not built (`pip install -v` of t2ct prints why; it takes a C++ compiler)"
+except ImportError as error:
+    _no_native = f"t2ct._C did not load ({error})"
+
+
+def native() -> Any:
+    """The compiled module t2ct._C, or None where it is missing; `why_not` says why."""
+    return _C
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """True where x (N, C, *spatial) is dense with the channels of one voxel next to each other."""
+    if x.dim() == 5:
+        return x.is_contiguous(memory_format=torch.channels_last_3d)
+    if x.dim() == 4:
+        return x.is_contiguous(memory_format=torch.channels_last)
+    return x.movedim(1, -1).is_contiguous()
+
+
+@cache
+def why_not(backend: str, device: str, dtype: torch.dtype, channels_last: bool = True) -> str | None:
+    """The reason `backend` cannot run on such tensors, or None. Tests skip with this string, users read it."""
+    if backend == "cpu":
+        if device != "cpu":
+            return f"the tensors are on {device}"
+        if _C is None:
+            return _no_native
+        if dtype not in (torch.float32, torch.bfloat16):
+            return f"it takes float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+        if not channels_last:
+            return "it reads channels_last memory; other layouts run on the reference"
+    return None
+
+
+def candidates(table: Table) -> tuple[str, ...]:
+    """The backends of a table that may run, in order of preference: the forced one alone where the op has it."""
+    return (_forced,) if _forced and _forced in table else tuple(table)
+
+
+def choose(op: str, table: Table, x: Tensor) -> tuple[str, Callable[..., Any]]:
+    """(backend, kernel) for `op` on x. A forced backend that the op has must run or raise: no silent fallback."""
+    reason: str | None = None
+    backend = "reference"
+    for backend in candidates(table):
+        reason = why_not(backend, x.device.type, x.dtype, is_channels_last(x))
+        if reason is None:
+            return backend, table[backend]
+    raise RuntimeError(f"{op}: backend {backend!r} cannot run: {reason}")
+
+
+def _known(name: str | None) -> str | None:
+    if name not in (None, *BACKENDS):
+        raise ValueError(f"backend must be one of {BACKENDS}, got {name!r}")
+    return name
+
+
+_forced = _known(os.environ.get("T2CT_BACKEND") or None)
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Force one backend inside the block, for every op that has it; None restores the automatic choice."""
+    global _forced
+    before, _forced = _forced, _known(name)
+    try:
+        yield
+    finally:
+        _forced = before

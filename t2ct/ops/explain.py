@@ -1,0 +1,39 @@
+"""Which backend every op uses on this machine, and why."""
+
+import torch
+
+from t2ct.ops import norm, norm_cpu
+from t2ct.ops.dispatch import candidates, native, why_not
+
+
+def explain_rows(device: str | torch.device | None = None) -> list[tuple[str, str, str, str]]:
+    """(device, op, backend, reason) for every op on `device`, or on every device of this machine; for float32 tensors
+    in channels-last memory. The backend is "none" where a forced one cannot run."""
+    devices = [torch.device(device).type] if device else ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    return [(kind, op, *_why(table, kind)) for kind in devices for op, table in norm.TABLES.items()]
+
+
+def _why(table, device):
+    tried = candidates(table)
+    refused = [] if tried == tuple(table) else [f"{tried[0]} is forced"]
+    for backend in tried:
+        reason = why_not(backend, device, torch.float32)
+        if reason is None:
+            return backend, "; ".join(refused) or _what(backend)
+        refused.append(f"{backend}: {reason}")
+    return "none", "; ".join(refused)
+
+
+def _what(backend):
+    if backend == "cpu":
+        threads = torch.get_num_threads()
+        return f"compiled, {native().isas()[norm_cpu.ISA]}, {threads} thread{'s' * (threads != 1)}"
+    return "plain torch"
+
+
+def explain(device: str | torch.device | None = None) -> str:
+    """A table of device, op, backend and the reason, one op a line; see `explain_rows`."""
+    rows = [("device", "op", "backend", "reason"), *explain_rows(device)]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    lines = ([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]] for row in rows)
+    return "\n".join("  ".join(line) for line in lines)

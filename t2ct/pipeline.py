@@ -1,0 +1,373 @@
+"""Text in, CT volume out: load the three networks, sample, decode."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from torch import Tensor
+from tqdm import tqdm
+
+from t2ct import __version__, weights
+from t2ct.config import PipelineConfig
+from t2ct.diffusion import check_guidance_scale, guided, make_schedule, sample
+from t2ct.files import check_output_folder, write_files
+from t2ct.models import CLIP3D, VAE, UNet, unit_to_hu
+from t2ct.text import Tokenizer, form_prompt
+from t2ct.volume import Volume
+
+EMBEDDED = Path(__file__).parent / "assets" / "embedded"
+FILES = {"vae": "vae.safetensors", "unet": "unet.safetensors", "clip": "clip.safetensors", "tokenizer": "tokenizer.json"}
+OUTPUTS = ("volume", "pt", "np", "latent")
+Prompt = str | Mapping[str, str]
+
+
+class T2CTPipeline:
+    """The three networks and a tokenizer, ready to generate. Make one with `from_pretrained`."""
+
+    def __init__(self, config: PipelineConfig, vae: VAE, unet: UNet, clip: CLIP3D, tokenizer: Tokenizer, weights_hash: str):
+        self.config, self.vae, self.unet, self.clip, self.tokenizer = config, vae, unet, clip, tokenizer
+        self.weights_hash = weights_hash
+        parameter = next(unet.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+
+    name = property(lambda self: self.config.name)
+    size = property(lambda self: self.config.size)
+    spacing = property(lambda self: self.config.spacing)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path | Mapping[str, Any] | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> T2CTPipeline:
+        """Load a model.
+
+        model    None: the small model in the package. A folder: config.json and the files of `save_pretrained`.
+                 A dict of files: "vae", "unet", "clip" (.pt as published, or .safetensors) and "tokenizer" (a
+                 tokenizer.json; the published model uses that of openai/clip-vit-large-patch14), and optionally
+                 "config" (a config.json or its dict; default: the published networks).
+        device   default: the GPU if there is one
+        dtype    default: float16 on a GPU, float32 on a CPU
+
+        Only what generation needs is read: of CLIP3D the text tower. A .pt file is opened as data, never as code.
+        Raises FileNotFoundError or ValueError (unknown model, missing, truncated or unfitting weights), before any
+        network runs.
+        """
+        device, dtype = _device(device), dtype
+        dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+        files = _files(model)
+        config = PipelineConfig.from_json(files["config"]) if files["config"] is not None else PipelineConfig()
+        tokenizer = Tokenizer.from_file(files["tokenizer"])
+        if tokenizer.vocab_size != config.clip.text.vocab_size:
+            raise ValueError(
+                f"tokenizer: wanted {config.clip.text.vocab_size} tokens, got {tokenizer.vocab_size} in {files['tokenizer']}"
+            )
+        with torch.device("meta"):
+            networks = {"vae": VAE(config.vae), "unet": UNet(config.unet), "clip": CLIP3D(config.clip, towers=("text",))}
+        loaded = {name: weights.load_into(net, files[name], device, dtype) for name, net in networks.items()}
+        scale = loaded["unet"]["extras"].get("scale_factor")
+        config = config if scale is None else replace(config, scale_factor=scale)
+        return cls(config, **networks, tokenizer=tokenizer, weights_hash=weights.hash_of(v["hash"] for v in loaded.values()))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json, tokenizer.json and the three networks as safetensors in their present dtype.
+
+        `from_pretrained(folder)` gives the same pipeline, bit for bit. Nothing is half-written.
+        """
+        folder = Path(folder)
+        check_output_folder(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {folder / "config.json": self.config.to_json().encode()}
+        content[folder / FILES["tokenizer"]] = self.tokenizer.to_json().encode()
+        for name in ("vae", "unet", "clip"):
+            state = {k: v.contiguous().cpu() for k, v in getattr(self, name).state_dict().items()}
+            content[folder / FILES[name]] = save(state)
+        write_files(content)
+
+    def __call__(
+        self,
+        prompt: Prompt | Sequence[Prompt] | None = None,
+        *,
+        negative_prompt: str | None = None,
+        num_inference_steps: int = 30,
+        guidance_scale: float = 5.0,
+        generator: torch.Generator | int | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        output_type: str = "volume",
+        callback_on_step_end: Callable[[T2CTPipeline, int, float, dict[str, Tensor]], dict[str, Tensor] | None] | None = None,
+        size: Sequence[int] | None = None,
+        spacing: Sequence[float] | None = None,
+        progress: bool = True,
+    ) -> Any:
+        """Generate one CT per prompt.
+
+        prompt                a text, {"findings": …, "impression": …}, or a list of either
+        negative_prompt       what guidance leads away from; default: the zero context of the published system
+        num_inference_steps   1 to 1000
+        guidance_scale        finite; 1 = the conditional velocity alone
+        generator             a seed >= 0, a torch.Generator on the CPU, or None: a seed is drawn and recorded
+        latents               the initial noise (B, 4, X/4, Y/4, Z/4) instead of drawing it
+        prompt_embeds         (B, L, cross_attention_dim) instead of a prompt
+        output_type           "volume": a `Volume`, or a list of them for a list of prompts; "pt", "np": HU as float32
+                              (B, X, Y, Z), clipped to +-1000; "latent": latents as diffusion leaves them
+        callback_on_step_end  called as f(pipe, step, timestep, {"latents": x}); a dict that it returns replaces them
+        size, spacing         voxels and mm; default: what the model was trained on. Every axis of size must be a
+                              multiple of `config.factor`
+        Raises TypeError or ValueError before sampling; RuntimeError if the network gives non-finite numbers.
+        """
+        if output_type not in OUTPUTS:
+            raise ValueError(f"output_type must be one of {OUTPUTS}, got {output_type!r}")
+        check_guidance_scale(guidance_scale)
+        size, spacing = check_size(size or self.size, self.config.factor), check_spacing(spacing or self.spacing)
+        shape = tuple(n // self.config.vae.factor for n in size)
+        steps = make_schedule(num_inference_steps, int(np.prod(shape)), self.config.schedule, self.config.base_voxels)
+        several = prompt is not None and not isinstance(prompt, (str, Mapping))
+        texts = _texts(prompt, several, prompt_embeds)
+        embeds = self.embed(texts) if prompt_embeds is None else self._check_embeds(prompt_embeds)
+        negative = None if negative_prompt is None else self.embed([form_prompt(negative_prompt)]).expand_as(embeds)
+        batch = len(embeds)
+        seed, noise = self._noise(generator, latents, (batch, self.config.unet.in_channels, *shape))
+
+        bar = tqdm(total=len(steps), desc="sampling", disable=not progress)
+
+        def on_step_end(index: int, timestep: float, x: Tensor) -> Tensor | None:
+            bar.update()
+            if callback_on_step_end is None:
+                return None
+            changed = callback_on_step_end(self, index, timestep, {"latents": x})
+            return changed.get("latents") if changed else None
+
+        with torch.no_grad(), bar:
+            labels = torch.full((batch,), self.config.class_label, dtype=torch.long, device=self.device)
+            spaced = (100 * torch.tensor(spacing)).to(self.device, self.dtype).expand(batch, 3)
+            predict = guided(self.unet, embeds, negative, guidance_scale, labels, spaced)
+            z = sample(predict, noise, steps, on_step_end)
+            if not torch.isfinite(z).all():
+                raise RuntimeError(f"sampling gave non-finite latents in {self.dtype}; try dtype=torch.float32 or bfloat16")
+            if output_type == "latent":
+                return z
+            units = [self.vae.decode(one[None] / self.config.scale_factor)[0, 0] for one in z]  # one by one: less memory
+        if output_type in ("pt", "np"):
+            hu = torch.stack([(u.float() * 2000 - 1000).clamp_(-1000, 1000) for u in units])
+            return hu if output_type == "pt" else hu.cpu().numpy()
+        provenance = {
+            "steps": num_inference_steps, "guidance": float(guidance_scale), "negative_prompt": negative_prompt,
+            "schedule": self.config.schedule, "model": self.name, "weights": self.weights_hash,
+            "device": self.device.type, "dtype": str(self.dtype).removeprefix("torch."), "version": __version__,
+        }  # fmt: skip
+        affine = centred_affine(size, spacing)
+        volumes = [
+            Volume(unit_to_hu(u).cpu().numpy(), affine, text, seed, {**provenance, "batch_index": i})
+            for i, (u, text) in enumerate(zip(units, texts, strict=True))
+        ]
+        return volumes if several or prompt is None else volumes[0]
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """Formed prompts -> context (B, 1, cross_attention_dim). Longer texts are cut at the token limit, with a warning."""
+        ids = self.tokenizer.encode(texts, self.config.clip.text.max_length).to(self.device)
+        with torch.no_grad():
+            return self.clip.encode_text(ids)
+
+    def estimate_seconds(self, size: Sequence[int] | None = None, num_inference_steps: int = 30) -> float:
+        """About how long a guided volume of `size` takes here: times one pass of each network on a small latent and
+        scales by voxels. Attention grows faster, so large volumes take somewhat longer."""
+        wanted = [n // self.config.vae.factor for n in check_size(size or self.size, self.config.factor)]
+        f = self.config.unet.factor
+        probe = tuple(max(f, min(n, 16) // f * f) for n in wanted)
+        x = torch.zeros(1, self.config.unet.in_channels, *probe, device=self.device, dtype=self.dtype)
+        context = torch.zeros(2, 1, self.config.unet.cross_attention_dim, device=self.device, dtype=self.dtype)
+        one = torch.ones(1, device=self.device)
+        label, spacing = one.long(), torch.ones(1, 3, device=self.device, dtype=self.dtype)
+        part = x[..., : max(2, probe[2] // 4)]
+        with torch.no_grad():
+            unet = self._time(lambda: self.unet(x, one, context, label, spacing))
+            vae = self._time(lambda: self.vae.decode(part))
+        voxels = float(np.prod(wanted))
+        return num_inference_steps * unet * voxels / np.prod(probe) + vae * voxels / np.prod(part.shape[2:])
+
+    def info(self) -> dict[str, str]:
+        """What the model consists of, for people."""
+        rows = {"model": self.name}
+        for name in ("vae", "unet", "clip"):
+            count = sum(p.numel() for p in getattr(self, name).parameters())
+            rows[name] = f"{count / 1e6:.2f} M parameters{' (text tower)' if name == 'clip' else ''}"
+        rows["size"] = " x ".join(map(str, self.size)) + f" voxels, any multiple of {self.config.factor}"
+        rows["spacing"] = " x ".join(f"{mm:g}" for mm in self.spacing) + " mm"
+        rows["text limit"] = f"{self.config.clip.text.max_length} tokens"
+        rows["schedule"], rows["scale factor"] = self.config.schedule, f"{self.config.scale_factor:.6g}"
+        rows["device, dtype"] = f"{self.device}, {str(self.dtype).removeprefix('torch.')}"
+        rows["weights"] = self.weights_hash
+        return rows
+
+    def _noise(self, generator: Any, latents: Tensor | None, shape: tuple[int, ...]) -> tuple[int | None, Tensor]:
+        if latents is not None:
+            if tuple(latents.shape) != shape or not torch.isfinite(latents).all():
+                raise ValueError(f"latents must be finite, {shape}, got {tuple(latents.shape)}")
+            return None, latents.to(self.device, self.dtype)
+        if generator is None:
+            generator = secrets.randbits(31)
+        if isinstance(generator, torch.Generator):
+            if generator.device.type != "cpu":
+                raise ValueError(f"generator must be on the cpu, so that a seed means the same everywhere, got {generator.device}")
+            seed = generator.initial_seed()
+        else:
+            seed = check_seed(generator)
+            generator = torch.Generator().manual_seed(seed)
+        # drawn on the CPU in float32 whatever the device and dtype: one seed, one noise
+        return seed, torch.randn(shape, generator=generator).to(self.device, self.dtype)
+
+    def _check_embeds(self, embeds: Tensor) -> Tensor:
+        want = self.config.unet.cross_attention_dim
+        if embeds.dim() != 3 or not embeds.shape[0] or not embeds.shape[1] or embeds.shape[2] != want:
+            raise ValueError(f"prompt_embeds must be (B, L, {want}), got {tuple(embeds.shape)}")
+        return embeds.to(self.device, self.dtype)
+
+    def _time(self, run: Callable[[], Tensor]) -> float:
+        for _ in range(2):  # the first run pays for first touches and kernel choice
+            start = time.perf_counter()
+            run()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+        return time.perf_counter() - start
+
+
+def generate(
+    text: Prompt,
+    *,
+    model: T2CTPipeline | str | Path | Mapping[str, Any] | None = None,
+    num_inference_steps: int = 30,
+    guidance_scale: float = 5.0,
+    seed: int | None = None,
+    size: Sequence[int] | None = None,
+    spacing: Sequence[float] | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+    negative_prompt: str | None = None,
+) -> Volume:
+    """A chest CT from the text of a report.
+
+    text    a sentence or a report, or {"findings": …, "impression": …}, formed as the model was trained
+    model   default: the small model in the package; see `T2CTPipeline.from_pretrained`; or a loaded pipeline
+    seed    >= 0; the same seed gives the same bits on the same device. None draws one, recorded in the volume
+    size    voxels (X, Y, Z); spacing mm; default: what the model was trained on
+    Returns a `Volume`: int16 HU, RAS affine in mm. Errors as `T2CTPipeline.__call__`, all before sampling.
+    """
+    form_prompt(text)  # the cheap checks first: loading may take a while
+    check_guidance_scale(guidance_scale)
+    make_schedule(num_inference_steps, 1)
+    if seed is not None:
+        check_seed(seed)
+    if size is not None:
+        check_size(size, 4)
+    if spacing is not None:
+        check_spacing(spacing)
+    pipe = model if isinstance(model, T2CTPipeline) else _cached(model, device, dtype)
+    return pipe(
+        text, negative_prompt=negative_prompt, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
+        generator=seed, size=size, spacing=spacing, progress=progress,
+    )  # fmt: skip
+
+
+def check_seed(seed: Any) -> int:
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be an integer from 0 to 2^63 - 1, got {seed!r}")
+    return int(seed)
+
+
+def check_size(size: Any, factor: int) -> tuple[int, int, int]:
+    """Three positive multiples of factor, or ValueError."""
+    values = tuple(size) if isinstance(size, (Sequence, np.ndarray, torch.Size)) and not isinstance(size, str) else ()
+    good = len(values) == 3 and all(isinstance(n, (int, np.integer)) and n > 0 and n % factor == 0 for n in values)
+    if not good:
+        raise ValueError(f"size must be three positive multiples of {factor} (voxels), got {size!r}")
+    return tuple(int(n) for n in values)  # type: ignore[return-value]
+
+
+def check_spacing(spacing: Any) -> tuple[float, float, float]:
+    """Three positive finite numbers, or ValueError."""
+    values = tuple(spacing) if isinstance(spacing, (Sequence, np.ndarray)) and not isinstance(spacing, str) else ()
+    good = len(values) == 3 and all(isinstance(v, (int, float, np.number)) and np.isfinite(v) and v > 0 for v in values)
+    if not good:
+        raise ValueError(f"spacing must be three positive numbers (mm), got {spacing!r}")
+    return tuple(float(v) for v in values)  # type: ignore[return-value]
+
+
+def centred_affine(size: Sequence[int], spacing: Sequence[float]) -> np.ndarray:
+    """Voxel -> RAS mm, the origin in the middle of the volume."""
+    affine = np.diag([*spacing, 1.0])
+    affine[:3, 3] = [-(n - 1) / 2 * mm for n, mm in zip(size, spacing, strict=True)]
+    return affine
+
+
+@lru_cache(maxsize=1)
+def _loaded(key: str, device: str | None, dtype: torch.dtype | None) -> T2CTPipeline:
+    return T2CTPipeline.from_pretrained(json.loads(key), device, dtype)
+
+
+def _cached(model: Any, device: Any, dtype: torch.dtype | None) -> T2CTPipeline:
+    """The pipeline of the last call, if this one asks for the same: a second `generate` need not load again."""
+    try:
+        key = json.dumps(model, default=lambda p: str(p) if isinstance(p, Path) else asdict(p))
+    except TypeError:
+        return T2CTPipeline.from_pretrained(model, device, dtype)
+    return _loaded(key, None if device is None else str(device), dtype)
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: wanted one that is there, got {str(device)!r} ({str(error).splitlines()[0][:100]})") from None
+    if chosen.type == "meta":
+        raise ValueError("device: wanted one that computes, got 'meta'")
+    return chosen
+
+
+def _files(model: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
+    """Where each part lies; "config" None = the published networks."""
+    if isinstance(model, Mapping):
+        wanted = (*FILES, "config")
+        wrong = [k for k in model if k not in wanted] or [k for k in FILES if k not in model]
+        if wrong:
+            raise ValueError(f"model: wanted files for {', '.join(FILES)} (and optionally config), got {', '.join(model)}")
+        found = {**model, "config": model.get("config")}
+    else:
+        folder = EMBEDDED if model is None else Path(model)
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(
+                f"model: wanted a folder with config.json, or a dict of the files {', '.join(FILES)}, got {str(folder)!r}"
+            )
+        found = {name: folder / file for name, file in FILES.items()} | {"config": folder / "config.json"}
+    for name, path in found.items():
+        if isinstance(path, (str, Path)) and not Path(path).is_file():
+            raise FileNotFoundError(f"model: wanted a file for {name}, got {str(path)!r}, which is not there")
+    return found
+
+
+def _texts(prompt: Any, several: bool, embeds: Tensor | None) -> list[str | None]:
+    if (prompt is None) == (embeds is None):
+        raise ValueError(f"wanted either prompt or prompt_embeds, got {'neither' if prompt is None else 'both'}")
+    if prompt is None:
+        return [None] * len(embeds)  # type: ignore[arg-type]
+    prompts = list(prompt) if several else [prompt]
+    if not prompts:
+        raise ValueError("prompt: wanted at least one text, got an empty list")
+    return [form_prompt(one) for one in prompts]

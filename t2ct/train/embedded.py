@@ -1,0 +1,123 @@
+"""Make the model in the package from nothing: `python -m t2ct.train.embedded --work DIR --output t2ct/assets/embedded`.
+
+Phantoms, VAE, CLIP3D, latent diffusion, export: each stage is kept in --work and a second call goes on where the first
+stopped. About two and a half hours on two CPU cores.
+"""
+
+import argparse
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import nn
+
+from t2ct.config import PipelineConfig
+from t2ct.files import write_files
+from t2ct.models import CLIP3D, VAE, CLIP3DConfig, TextConfig, UNet, UNetConfig, VAEConfig, VisionConfig
+from t2ct.text import Tokenizer
+from t2ct.train.clip import clip_loss, embed_texts
+from t2ct.train.ldm import encode_volumes, ldm_loss
+from t2ct.train.loop import LoopConfig, run
+from t2ct.train.phantom_set import PhantomSet, phantom_set
+from t2ct.train.vae import vae_loss
+
+PHANTOMS = 4000
+CONFIG = PipelineConfig(
+    name="embedded",
+    size=(64, 64, 32),
+    spacing=(5.5, 5.5, 10.0),
+    schedule="exact",
+    base_voxels=16 * 16 * 8,  # its own latent size: no timestep shift where it was trained
+    vae=VAEConfig(channels=(16, 32, 96), norm_groups=8, num_res_blocks=1),
+    unet=UNetConfig(
+        channels=(32, 64, 128), attention_levels=(False, True, True), head_dim=16, cross_attention_dim=256, norm_groups=8,
+        num_res_blocks=1, num_class_embeds=2,
+    ),
+    clip=CLIP3DConfig(
+        text=TextConfig(vocab_size=1024, width=160, layers=4, heads=5, mlp_width=640, max_length=192),
+        vision=VisionConfig(
+            dim=96, image_size=64, patch_size=8, temporal_patch_size=8, spatial_layers=2, temporal_layers=2, heads=4,
+            head_dim=24, codebook_size=512, depth=32,
+        ),
+        embed_dim=256,
+    ),
+)  # fmt: skip
+VAE_LOOP = LoopConfig(steps=1200, batch_size=1, learning_rate=1.5e-3, warmup=50, ema_decay=0.99)
+VAE_PATCH = (64, 64, 16)  # whole cross-sections: GroupNorm then sees air, body and lung in the shares of a volume
+CLIP_LOOP = LoopConfig(steps=700, batch_size=32, learning_rate=5e-4, warmup=70, weight_decay=1e-4)
+LDM_LOOP = LoopConfig(steps=5000, batch_size=8, learning_rate=6e-4, warmup=100, ema_decay=0.998)
+
+
+def train_vae(work: Path, data: PhantomSet) -> VAE:
+    torch.manual_seed(0)
+    vae = VAE(CONFIG.vae)
+    run(vae, vae_loss(vae, data.hu, VAE_LOOP.batch_size, VAE_PATCH), VAE_LOOP, work / "vae.safetensors", "VAE")
+    return vae
+
+
+def train_tokenizer(work: Path, data: PhantomSet) -> Tokenizer:
+    path = work / "tokenizer.json"
+    if not path.exists():
+        Tokenizer.train([text for texts in data.prompts for text in texts], CONFIG.clip.text.vocab_size, path)
+    return Tokenizer.from_file(path)
+
+
+def token_ids(tokenizer: Tokenizer, data: PhantomSet) -> torch.Tensor:
+    """(N, WORDINGS, L) ids of every wording."""
+    flat = tokenizer.encode([text for texts in data.prompts for text in texts], CONFIG.clip.text.max_length)
+    return flat.view(len(data), -1, flat.shape[1])
+
+
+def train_clip(work: Path, data: PhantomSet, ids: torch.Tensor) -> CLIP3D:
+    torch.manual_seed(0)
+    clip = CLIP3D(CONFIG.clip)
+    run(clip, clip_loss(clip, data.hu, ids, CLIP_LOOP.batch_size), CLIP_LOOP, work / "clip.safetensors", "CLIP3D")
+    return clip
+
+
+def train_ldm(work: Path, data: PhantomSet, ids: torch.Tensor, vae: VAE, clip: CLIP3D) -> tuple[UNet, float]:
+    torch.manual_seed(0)
+    unet = UNet(CONFIG.unet)
+    mu, sigma = encode_volumes(vae, data.hu)
+    scale = 1 / mu.float().std().item()
+    embeds = embed_texts(clip, ids.flatten(0, 1)).view(*ids.shape[:2], -1)
+    loss = ldm_loss(unet, mu, sigma, embeds, CONFIG.spacing, scale, LDM_LOOP.batch_size)
+    run(unet, loss, LDM_LOOP, work / "unet.safetensors", "LDM")
+    return unet, scale
+
+
+def export(output: Path, vae: VAE, clip: CLIP3D, unet: UNet, tokenizer: Tokenizer, scale: float) -> None:
+    """The folder that `T2CTPipeline.from_pretrained` reads, networks in float16, whole CLIP3D included."""
+
+    def half(model: nn.Module) -> bytes:
+        state = model.state_dict().items()
+        return save({k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in state})
+
+    output.mkdir(parents=True, exist_ok=True)
+    files = {
+        "config.json": replace(CONFIG, scale_factor=scale).to_json().encode(),
+        "tokenizer.json": tokenizer.to_json().encode(),
+        "vae.safetensors": half(vae), "clip.safetensors": half(clip), "unet.safetensors": half(unet),
+    }  # fmt: skip
+    write_files({output / name: content for name, content in files.items()})
+    for name, content in files.items():
+        print(f"{name}  {len(content) / 1e6:.2f} MB  sha256 {hashlib.sha256(content).hexdigest()[:16]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for phantoms and checkpoints (about 2 GB)")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write the model into")
+    args = parser.parse_args()
+    data = phantom_set(args.work / "phantoms", PHANTOMS, CONFIG.size)
+    tokenizer = train_tokenizer(args.work, data)
+    ids = token_ids(tokenizer, data)
+    vae, clip = train_vae(args.work, data), train_clip(args.work, data, ids)
+    unet, scale = train_ldm(args.work, data, ids, vae, clip)
+    export(args.output, vae, clip, unet, tokenizer, scale)
+
+
+if __name__ == "__main__":
+    main()
