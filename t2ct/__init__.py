@@ -1,8 +1,8 @@
 """t2ct: a chest CT volume, in Hounsfield units, from the text of a radiology report.
 
-    import t2ct
-    volume = t2ct.generate("Large right pleural effusion with adjacent atelectasis.", seed=1)
-    volume.save("ct.nii.gz"); volume.preview("ct.png")
+import t2ct
+volume = t2ct.generate("Large right pleural effusion with adjacent atelectasis.", seed=1)
+volume.save("ct.nii.gz"); volume.preview("ct.png")
 """
 
 from __future__ import annotations

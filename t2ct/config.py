@@ -50,19 +50,21 @@ class PipelineConfig:
             got = content.get("format") if isinstance(content, Mapping) else type(content).__name__
             raise ValueError(f"config: wanted format {FORMAT!r}, got {got!r}")
         values = {k: v for k, v in content.items() if k != "format"}
-        for name, kind in (("vae", VAEConfig), ("unet", UNetConfig)):
-            if name in values:
-                values[name] = _build(name, kind, values[name])
+        _nest(values, {"vae": VAEConfig, "unet": UNetConfig})
         if "clip" in values:
-            clip = dict(values["clip"])
-            for name, kind in (("text", TextConfig), ("vision", VisionConfig)):
-                if name in clip:
-                    clip[name] = _build(f"clip.{name}", kind, clip[name])
-            values["clip"] = _build("clip", CLIP3DConfig, clip)
+            values["clip"] = dict(values["clip"])
+            _nest(values["clip"], {"text": TextConfig, "vision": VisionConfig})
+            _nest(values, {"clip": CLIP3DConfig})
         config = _build("pipeline", cls, values)
         if config.schedule not in SCHEDULES:
             raise ValueError(f"config: schedule must be one of {SCHEDULES}, got {config.schedule!r}")
         return config
+
+
+def _nest(values: dict[str, Any], kinds: Mapping[str, type]) -> None:
+    for name, kind in kinds.items():
+        if name in values:
+            values[name] = _build(name, kind, values[name])
 
 
 def _build(name: str, kind: type, values: Mapping[str, Any]) -> Any:

@@ -31,7 +31,9 @@ def shift_timestep(t, voxels: int, base_voxels: int = BASE_VOXELS):
     return ratio * t / (1 + (ratio - 1) * t)
 
 
-def make_schedule(num_inference_steps: int, voxels: int, schedule: str = "exact", base_voxels: int = BASE_VOXELS) -> list[Step]:
+def make_schedule(
+    num_inference_steps: int, voxels: int, schedule: str = "exact", base_voxels: int = BASE_VOXELS
+) -> list[Step]:
     """The steps from noise to latent, for latents of `voxels` = X*Y*Z.
 
     schedule "exact": float64 times; the dt sum to 1.
@@ -73,7 +75,11 @@ def guide(unconditional: Tensor, conditional: Tensor, guidance_scale: float) -> 
 
 def check_guidance_scale(guidance_scale: float) -> None:
     """ValueError unless the scale is a finite number."""
-    if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, (int, float)) or not math.isfinite(guidance_scale):
+    if (
+        isinstance(guidance_scale, bool)
+        or not isinstance(guidance_scale, (int, float))
+        or not math.isfinite(guidance_scale)
+    ):
         raise ValueError(f"guidance_scale must be a finite number, got {guidance_scale!r}")
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from t2ct import __version__, weights
+from t2ct.checks import FILES, check_seed, check_size, check_spacing, find_device, find_dtype, find_files, form_prompts
 from t2ct.config import PipelineConfig
 from t2ct.diffusion import check_guidance_scale, guided, make_schedule, sample
 from t2ct.files import check_output_folder, write_files
@@ -25,8 +26,6 @@ from t2ct.models import CLIP3D, VAE, UNet, unit_to_hu
 from t2ct.text import Tokenizer, form_prompt
 from t2ct.volume import Volume
 
-EMBEDDED = Path(__file__).parent / "assets" / "embedded"
-FILES = {"vae": "vae.safetensors", "unet": "unet.safetensors", "clip": "clip.safetensors", "tokenizer": "tokenizer.json"}
 OUTPUTS = ("volume", "pt", "np", "latent")
 Prompt = str | Mapping[str, str]
 
@@ -34,7 +33,9 @@ Prompt = str | Mapping[str, str]
 class T2CTPipeline:
     """The three networks and a tokenizer, ready to generate. Make one with `from_pretrained`."""
 
-    def __init__(self, config: PipelineConfig, vae: VAE, unet: UNet, clip: CLIP3D, tokenizer: Tokenizer, weights_hash: str):
+    def __init__(
+        self, config: PipelineConfig, vae: VAE, unet: UNet, clip: CLIP3D, tokenizer: Tokenizer, weights_hash: str
+    ):
         self.config, self.vae, self.unet, self.clip, self.tokenizer = config, vae, unet, clip, tokenizer
         self.weights_hash = weights_hash
         parameter = next(unet.parameters())
@@ -64,23 +65,23 @@ class T2CTPipeline:
         Raises FileNotFoundError or ValueError (unknown model, missing, truncated or unfitting weights), before any
         network runs.
         """
-        device, dtype = _device(device), dtype
-        dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
-        files = _files(model)
+        device = find_device(device)
+        dtype = find_dtype(dtype, device)
+        files = find_files(model)
         config = PipelineConfig.from_json(files["config"]) if files["config"] is not None else PipelineConfig()
         tokenizer = Tokenizer.from_file(files["tokenizer"])
         if tokenizer.vocab_size != config.clip.text.vocab_size:
             raise ValueError(
-                f"tokenizer: wanted {config.clip.text.vocab_size} tokens, got {tokenizer.vocab_size} in {files['tokenizer']}"
+                f"tokenizer: wanted {config.clip.text.vocab_size} tokens, "
+                f"got {tokenizer.vocab_size} in {files['tokenizer']}"
             )
         with torch.device("meta"):
-            networks = {"vae": VAE(config.vae), "unet": UNet(config.unet), "clip": CLIP3D(config.clip, towers=("text",))}
+            vae, unet, clip = VAE(config.vae), UNet(config.unet), CLIP3D(config.clip, towers=("text",))
+        networks = {"vae": vae, "unet": unet, "clip": clip}
         loaded = {name: weights.load_into(net, files[name], device, dtype) for name, net in networks.items()}
         scale = loaded["unet"]["extras"].get("scale_factor")
         config = config if scale is None else replace(config, scale_factor=scale)
-        return cls(config, **networks, tokenizer=tokenizer, weights_hash=weights.hash_of(v["hash"] for v in loaded.values()))
+        return cls(config, vae, unet, clip, tokenizer, weights.hash_of(v["hash"] for v in loaded.values()))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, tokenizer.json and the three networks as safetensors in their present dtype.
@@ -108,7 +109,8 @@ class T2CTPipeline:
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         output_type: str = "volume",
-        callback_on_step_end: Callable[[T2CTPipeline, int, float, dict[str, Tensor]], dict[str, Tensor] | None] | None = None,
+        callback_on_step_end: Callable[[T2CTPipeline, int, float, dict[str, Tensor]], dict[str, Tensor] | None]
+        | None = None,
         size: Sequence[int] | None = None,
         spacing: Sequence[float] | None = None,
         progress: bool = True,
@@ -136,8 +138,8 @@ class T2CTPipeline:
         shape = tuple(n // self.config.vae.factor for n in size)
         steps = make_schedule(num_inference_steps, int(np.prod(shape)), self.config.schedule, self.config.base_voxels)
         several = prompt is not None and not isinstance(prompt, (str, Mapping))
-        texts = _texts(prompt, several, prompt_embeds)
-        embeds = self.embed(texts) if prompt_embeds is None else self._check_embeds(prompt_embeds)
+        texts = form_prompts(prompt, several, prompt_embeds)
+        embeds = self._check_embeds(prompt_embeds) if prompt_embeds is not None else self.embed(texts or [])
         negative = None if negative_prompt is None else self.embed([form_prompt(negative_prompt)]).expand_as(embeds)
         batch = len(embeds)
         seed, noise = self._noise(generator, latents, (batch, self.config.unet.in_channels, *shape))
@@ -157,27 +159,37 @@ class T2CTPipeline:
             predict = guided(self.unet, embeds, negative, guidance_scale, labels, spaced)
             z = sample(predict, noise, steps, on_step_end)
             if not torch.isfinite(z).all():
-                raise RuntimeError(f"sampling gave non-finite latents in {self.dtype}; try dtype=torch.float32 or bfloat16")
+                raise RuntimeError(
+                    f"sampling gave non-finite latents in {self.dtype}; try dtype=torch.float32 or bfloat16"
+                )
             if output_type == "latent":
                 return z
-            units = [self.vae.decode(one[None] / self.config.scale_factor)[0, 0] for one in z]  # one by one: less memory
+            units = [
+                self.vae.decode(one[None] / self.config.scale_factor)[0, 0] for one in z
+            ]  # one by one: less memory
         if output_type in ("pt", "np"):
             hu = torch.stack([(u.float() * 2000 - 1000).clamp_(-1000, 1000) for u in units])
             return hu if output_type == "pt" else hu.cpu().numpy()
         provenance = {
-            "steps": num_inference_steps, "guidance": float(guidance_scale), "negative_prompt": negative_prompt,
-            "schedule": self.config.schedule, "model": self.name, "weights": self.weights_hash,
-            "device": self.device.type, "dtype": str(self.dtype).removeprefix("torch."), "version": __version__,
-        }  # fmt: skip
+            "steps": num_inference_steps,
+            "guidance": float(guidance_scale),
+            "negative_prompt": negative_prompt,
+            "schedule": self.config.schedule,
+            "model": self.name,
+            "weights": self.weights_hash,
+            "device": self.device.type,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "version": __version__,
+        }
         affine = centred_affine(size, spacing)
         volumes = [
             Volume(unit_to_hu(u).cpu().numpy(), affine, text, seed, {**provenance, "batch_index": i})
-            for i, (u, text) in enumerate(zip(units, texts, strict=True))
+            for i, (u, text) in enumerate(zip(units, texts or batch * [None], strict=True)  # type: ignore[list-item])
         ]
         return volumes if several or prompt is None else volumes[0]
 
     def embed(self, texts: Sequence[str]) -> Tensor:
-        """Formed prompts -> context (B, 1, cross_attention_dim). Longer texts are cut at the token limit, with a warning."""
+        """Formed prompts -> context (B, 1, cross_attention_dim). Longer texts are cut at the limit, with a warning."""
         ids = self.tokenizer.encode(texts, self.config.clip.text.max_length).to(self.device)
         with torch.no_grad():
             return self.clip.encode_text(ids)
@@ -222,7 +234,9 @@ class T2CTPipeline:
             generator = secrets.randbits(31)
         if isinstance(generator, torch.Generator):
             if generator.device.type != "cpu":
-                raise ValueError(f"generator must be on the cpu, so that a seed means the same everywhere, got {generator.device}")
+                raise ValueError(
+                    f"generator must be on the cpu, so that a seed means the same everywhere, got {generator.device}"
+                )
             seed = generator.initial_seed()
         else:
             seed = check_seed(generator)
@@ -278,33 +292,15 @@ def generate(
         check_spacing(spacing)
     pipe = model if isinstance(model, T2CTPipeline) else _cached(model, device, dtype)
     return pipe(
-        text, negative_prompt=negative_prompt, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
-        generator=seed, size=size, spacing=spacing, progress=progress,
-    )  # fmt: skip
-
-
-def check_seed(seed: Any) -> int:
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be an integer from 0 to 2^63 - 1, got {seed!r}")
-    return int(seed)
-
-
-def check_size(size: Any, factor: int) -> tuple[int, int, int]:
-    """Three positive multiples of factor, or ValueError."""
-    values = tuple(size) if isinstance(size, (Sequence, np.ndarray, torch.Size)) and not isinstance(size, str) else ()
-    good = len(values) == 3 and all(isinstance(n, (int, np.integer)) and n > 0 and n % factor == 0 for n in values)
-    if not good:
-        raise ValueError(f"size must be three positive multiples of {factor} (voxels), got {size!r}")
-    return tuple(int(n) for n in values)  # type: ignore[return-value]
-
-
-def check_spacing(spacing: Any) -> tuple[float, float, float]:
-    """Three positive finite numbers, or ValueError."""
-    values = tuple(spacing) if isinstance(spacing, (Sequence, np.ndarray)) and not isinstance(spacing, str) else ()
-    good = len(values) == 3 and all(isinstance(v, (int, float, np.number)) and np.isfinite(v) and v > 0 for v in values)
-    if not good:
-        raise ValueError(f"spacing must be three positive numbers (mm), got {spacing!r}")
-    return tuple(float(v) for v in values)  # type: ignore[return-value]
+        text,
+        negative_prompt=negative_prompt,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        generator=seed,
+        size=size,
+        spacing=spacing,
+        progress=progress,
+    )
 
 
 def centred_affine(size: Sequence[int], spacing: Sequence[float]) -> np.ndarray:
@@ -326,48 +322,3 @@ def _cached(model: Any, device: Any, dtype: torch.dtype | None) -> T2CTPipeline:
     except TypeError:
         return T2CTPipeline.from_pretrained(model, device, dtype)
     return _loaded(key, None if device is None else str(device), dtype)
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: wanted one that is there, got {str(device)!r} ({str(error).splitlines()[0][:100]})") from None
-    if chosen.type == "meta":
-        raise ValueError("device: wanted one that computes, got 'meta'")
-    return chosen
-
-
-def _files(model: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
-    """Where each part lies; "config" None = the published networks."""
-    if isinstance(model, Mapping):
-        wanted = (*FILES, "config")
-        wrong = [k for k in model if k not in wanted] or [k for k in FILES if k not in model]
-        if wrong:
-            raise ValueError(f"model: wanted files for {', '.join(FILES)} (and optionally config), got {', '.join(model)}")
-        found = {**model, "config": model.get("config")}
-    else:
-        folder = EMBEDDED if model is None else Path(model)
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(
-                f"model: wanted a folder with config.json, or a dict of the files {', '.join(FILES)}, got {str(folder)!r}"
-            )
-        found = {name: folder / file for name, file in FILES.items()} | {"config": folder / "config.json"}
-    for name, path in found.items():
-        if isinstance(path, (str, Path)) and not Path(path).is_file():
-            raise FileNotFoundError(f"model: wanted a file for {name}, got {str(path)!r}, which is not there")
-    return found
-
-
-def _texts(prompt: Any, several: bool, embeds: Tensor | None) -> list[str | None]:
-    if (prompt is None) == (embeds is None):
-        raise ValueError(f"wanted either prompt or prompt_embeds, got {'neither' if prompt is None else 'both'}")
-    if prompt is None:
-        return [None] * len(embeds)  # type: ignore[arg-type]
-    prompts = list(prompt) if several else [prompt]
-    if not prompts:
-        raise ValueError("prompt: wanted at least one text, got an empty list")
-    return [form_prompt(one) for one in prompts]

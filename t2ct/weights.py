@@ -74,9 +74,13 @@ def _open(path: Path) -> tuple[Any, dict[str, float]]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0][:120]
-        raise ValueError(f"weights: wanted tensors only, got {path}, which asks to run code; refused ({reason})") from None
+        raise ValueError(
+            f"weights: wanted tensors only, got {path}, which asks to run code; refused ({reason})"
+        ) from None
     except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ValueError(f"weights: wanted a whole torch file, got {path} ({str(error).splitlines()[0][:120]})") from None
+        raise ValueError(
+            f"weights: wanted a whole torch file, got {path} ({str(error).splitlines()[0][:120]})"
+        ) from None
     extras: dict[str, float] = {}
     if isinstance(content, dict):
         extras = {k: float(v) for k, v in content.items() if isinstance(v, (int, float)) or _is_scalar(v)}
@@ -99,7 +103,9 @@ def _shape(source: Any, key: str) -> tuple[int, ...]:
 def _check(path: Path, wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
     missing = [key for key in wanted if key not in found]
     if missing:
-        raise ValueError(f"weights: {path} lacks {len(missing)} of {len(wanted)} tensors, first {', '.join(missing[:3])}")
+        raise ValueError(
+            f"weights: {path} lacks {len(missing)} of {len(wanted)} tensors, first {', '.join(missing[:3])}"
+        )
     other = [f"{k} wanted {wanted[k]}, got {found[k]}" for k in wanted if wanted[k] != found[k]]
     if other:
         raise ValueError(f"weights: {path} has {len(other)} tensors of another shape: {'; '.join(other[:3])}")
@@ -109,7 +115,7 @@ def _hash(digest: Any, key: str, tensor: Tensor) -> None:
     """Values as float32, so that the same weights stored in float16 and in float32 have one hash."""
     digest.update(key.encode())
     values = tensor.float() if tensor.is_floating_point() else tensor.long()
-    digest.update(memoryview(values.contiguous().flatten().view(torch.uint8).numpy()))
+    digest.update(values.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def _forget(tensor: Tensor) -> None:

@@ -14,7 +14,7 @@ LAYERS = (
     {"ops"},
     {"models"},
     {"stream", "diffusion"},
-    {"pipeline", "config", "weights", "train", "eval"},
+    {"pipeline", "config", "checks", "weights", "train", "eval"},
     {"cli", "commands", "__main__", "__init__"},
 )
 # Beside the models: volumes, files and words, seen from the pipeline on, seeing only one another.

@@ -14,7 +14,7 @@ PUBLISHED = 128 * 128 * 32
 
 
 def published_loop(n, voxels):
-    """The reference sampler, written out: float64 times, one cast to float16, steps counted from the next time's int."""
+    """The reference sampler, written out: float64 times, one cast to float16, steps counted from the next's int."""
     times = torch.from_numpy(np.array([_shift_1000((1.0 - i / n) * 1000, voxels) for i in range(n)]).astype(np.float16))
     following = torch.cat([times[1:], torch.zeros(1)])
     return [(t.item(), float(t - int(f)) / 1000) for t, f in zip(times, following, strict=True)]
@@ -33,7 +33,9 @@ def test_compat_is_the_published_loop_to_the_bit(n, voxels):
 
 def test_compat_equals_monai():
     schedulers = pytest.importorskip("monai.networks.schedulers.rectified_flow")
-    theirs = schedulers.RFlowScheduler(use_discrete_timesteps=False, use_timestep_transform=True, sample_method="uniform", scale=1.4)
+    theirs = schedulers.RFlowScheduler(
+        use_discrete_timesteps=False, use_timestep_transform=True, sample_method="uniform", scale=1.4
+    )
     theirs.set_timesteps(num_inference_steps=30, input_img_size_numel=PUBLISHED)
     steps = make_schedule(30, PUBLISHED, "compat")
     assert [s.timestep for s in steps] == theirs.timesteps.tolist()

@@ -29,11 +29,22 @@ def randomise(module, seed=0):
 
 def pair_vae(config):
     theirs = monai_vae.AutoencoderKlMaisi(
-        spatial_dims=3, in_channels=1, out_channels=1, latent_channels=config.latent_channels,
-        num_channels=config.channels, num_res_blocks=[config.num_res_blocks] * len(config.channels),
-        norm_num_groups=config.norm_groups, norm_eps=config.norm_eps, attention_levels=[False] * len(config.channels),
-        with_encoder_nonlocal_attn=False, with_decoder_nonlocal_attn=False, norm_float16=False, num_splits=1,
-        dim_split=1, save_mem=False)  # fmt: skip
+        spatial_dims=3,
+        in_channels=1,
+        out_channels=1,
+        latent_channels=config.latent_channels,
+        num_channels=config.channels,
+        num_res_blocks=[config.num_res_blocks] * len(config.channels),
+        norm_num_groups=config.norm_groups,
+        norm_eps=config.norm_eps,
+        attention_levels=[False] * len(config.channels),
+        with_encoder_nonlocal_attn=False,
+        with_decoder_nonlocal_attn=False,
+        norm_float16=False,
+        num_splits=1,
+        dim_split=1,
+        save_mem=False,
+    )
     if theirs.quant_conv_mu.conv.weight.is_meta:
         return None, theirs
     randomise(theirs)
@@ -44,11 +55,22 @@ def pair_vae(config):
 
 def pair_unet(config):
     theirs = monai_unet.DiffusionModelUNetMaisi(
-        spatial_dims=3, in_channels=config.in_channels, out_channels=config.out_channels,
-        num_res_blocks=config.num_res_blocks, num_channels=config.channels, attention_levels=config.attention_levels,
-        norm_num_groups=config.norm_groups, norm_eps=config.norm_eps, resblock_updown=True,
-        num_head_channels=config.head_dim, with_conditioning=True, cross_attention_dim=config.cross_attention_dim,
-        num_class_embeds=config.num_class_embeds, include_spacing_input=True, include_fc=True)  # fmt: skip
+        spatial_dims=3,
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
+        num_res_blocks=config.num_res_blocks,
+        num_channels=config.channels,
+        attention_levels=config.attention_levels,
+        norm_num_groups=config.norm_groups,
+        norm_eps=config.norm_eps,
+        resblock_updown=True,
+        num_head_channels=config.head_dim,
+        with_conditioning=True,
+        cross_attention_dim=config.cross_attention_dim,
+        num_class_embeds=config.num_class_embeds,
+        include_spacing_input=True,
+        include_fc=True,
+    )
     randomise(theirs)
     mine = UNet(config)
     mine.load_state_dict(theirs.state_dict(), strict=True)
@@ -70,7 +92,6 @@ def compare_gradients(mine, theirs, loss_mine, loss_theirs):
         assert (g - p.grad).norm() <= 1e-5 * p.grad.norm() + 1e-6 * total, (name, relative(g, p.grad))
 
 
-
 VAES = [
     (VAEConfig(channels=(8, 16, 32), norm_groups=8), 1, (16, 12, 8)),
     (VAEConfig(channels=(16, 32), norm_groups=4, num_res_blocks=1, latent_channels=3), 2, (9, 11, 7)),
@@ -89,15 +110,45 @@ def test_vae_equals_monai(config, batch, size):
     z = torch.randn(mu.shape)
     y, their_y = mine.decode(z), theirs.decode(z)
     assert relative(y, their_y) <= 1e-5
-    compare_gradients(mine, theirs, (mu * sigma).square().sum() + y.square().sum(),
-                      (their_mu * their_sigma).square().sum() + their_y.square().sum())  # fmt: skip
+    compare_gradients(
+        mine,
+        theirs,
+        (mu * sigma).square().sum() + y.square().sum(),
+        (their_mu * their_sigma).square().sum() + their_y.square().sum(),
+    )
 
 
 UNETS = [
-    (UNetConfig(channels=(8, 16, 32), attention_levels=(False, True, True), head_dim=8, cross_attention_dim=24, norm_groups=4), 1, (8, 4, 12)),
-    (UNetConfig(channels=(16, 16, 32, 32), attention_levels=(False, False, True, True), head_dim=16, cross_attention_dim=12, norm_groups=4, num_res_blocks=1, num_class_embeds=3), 2, (16, 8, 8)),
-    (UNetConfig(channels=(8, 24), attention_levels=(True, False), head_dim=8, cross_attention_dim=7, norm_groups=2), 3, (6, 2, 4)),
-]  # fmt: skip
+    (
+        UNetConfig(
+            channels=(8, 16, 32),
+            attention_levels=(False, True, True),
+            head_dim=8,
+            cross_attention_dim=24,
+            norm_groups=4,
+        ),
+        1,
+        (8, 4, 12),
+    ),
+    (
+        UNetConfig(
+            channels=(16, 16, 32, 32),
+            attention_levels=(False, False, True, True),
+            head_dim=16,
+            cross_attention_dim=12,
+            norm_groups=4,
+            num_res_blocks=1,
+            num_class_embeds=3,
+        ),
+        2,
+        (16, 8, 8),
+    ),
+    (
+        UNetConfig(channels=(8, 24), attention_levels=(True, False), head_dim=8, cross_attention_dim=7, norm_groups=2),
+        3,
+        (6, 2, 4),
+    ),
+]
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
@@ -145,7 +196,11 @@ def test_low_precision_keeps_its_dtype(dtype):
     with torch.no_grad():
         wide = [vae.decode(z), vae.encode(x)[0], unet(z, extra[0], context, *extra[1:])]
         vae, unet = vae.to(dtype), unet.to(dtype)
-        low = [vae.decode(z.to(dtype)), vae.encode(x.to(dtype))[0], unet(z.to(dtype), extra[0], context.to(dtype), *extra[1:])]
+        low = [
+            vae.decode(z.to(dtype)),
+            vae.encode(x.to(dtype))[0],
+            unet(z.to(dtype), extra[0], context.to(dtype), *extra[1:]),
+        ]
     for a, b in zip(low, wide, strict=True):
         assert a.dtype == dtype
         assert relative(a, b) <= 16 * torch.finfo(dtype).eps
@@ -170,7 +225,13 @@ def test_channels_last_all_the_way(monkeypatch):
     vae, unet = VAE(VAES[0][0]), UNet(UNETS[0][0])
     with torch.no_grad():
         vae.decode(vae.encode(torch.rand(1, 1, 16, 16, 16))[0])
-        unet(torch.randn(1, 4, 8, 8, 8), torch.ones(1), torch.randn(2, 1, 24), torch.ones(1, dtype=torch.long), torch.ones(1, 3))
+        unet(
+            torch.randn(1, 4, 8, 8, 8),
+            torch.ones(1),
+            torch.randn(2, 1, 24),
+            torch.ones(1, dtype=torch.long),
+            torch.ones(1, 3),
+        )
     assert len(seen) > 40
     assert all(seen)
 
@@ -209,22 +270,44 @@ def test_published_vae_on_meta():
 def test_compiles():
     unet = UNet(UNETS[2][0])
     randomise(unet)
-    args = (torch.randn(1, 4, 4, 4, 4), torch.ones(1), torch.randn(1, 1, 7), torch.ones(1, dtype=torch.long), torch.ones(1, 3))
+    args = (
+        torch.randn(1, 4, 4, 4, 4),
+        torch.ones(1),
+        torch.randn(1, 1, 7),
+        torch.ones(1, dtype=torch.long),
+        torch.ones(1, 3),
+    )
     with torch.no_grad():
         assert relative(torch.compile(unet, backend="aot_eager", fullgraph=True)(*args), unet(*args)) <= 1e-6
 
 
-@pytest.mark.parametrize("make,message", [
-    (lambda: VAE(VAEConfig(channels=(10, 20), norm_groups=8)), r"multiple of norm_groups=8, got \(10, 20\)"),
-    (lambda: UNet(UNetConfig(attention_levels=(True,))), "attention_levels must have 4 entries"),
-    (lambda: UNet(UNetConfig(channels=(64, 128, 256, 512), head_dim=48)), "multiples of head_dim=48"),
-    (lambda: VAE(VAES[0][0]).encode(torch.rand(1, 16, 16, 16)), r"floating \(B, 1, X, Y, Z\), got \(1, 16, 16, 16\)"),
-    (lambda: VAE(VAES[0][0]).encode(torch.rand(1, 1, 3, 16, 16)), "every axis of x must be >= 4"),
-    (lambda: VAE(VAES[0][0]).decode(torch.rand(1, 3, 4, 4, 4)), r"floating \(B, 4, X, Y, Z\), got \(1, 3"),
-    (lambda: UNet(UNETS[0][0])(torch.randn(1, 4, 6, 4, 4), *[None] * 4), "every axis of x must be a multiple of 4"),
-    (lambda: UNet(UNETS[0][0])(torch.randn(2, 4, 4, 4, 4), torch.ones(2), torch.randn(3, 1, 24), torch.ones(2), torch.ones(2, 3)), r"context must be \(K\*2, L>=1, 24\), got \(3, 1, 24\)"),
-    (lambda: UNet(UNETS[0][0])(torch.randn(2, 4, 4, 4, 4), torch.ones(2), torch.randn(2, 1, 24), torch.ones(2), torch.ones(3)), r"spacing must be \(2, 3\), got \(3,\)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make,message",
+    [
+        (lambda: VAE(VAEConfig(channels=(10, 20), norm_groups=8)), r"multiple of norm_groups=8, got \(10, 20\)"),
+        (lambda: UNet(UNetConfig(attention_levels=(True,))), "attention_levels must have one entry per level, 4, got"),
+        (lambda: UNet(UNetConfig(channels=(64, 128, 256, 512), head_dim=48)), "multiples of head_dim=48"),
+        (
+            lambda: VAE(VAES[0][0]).encode(torch.rand(1, 16, 16, 16)),
+            r"floating \(B, 1, X, Y, Z\), got \(1, 16, 16, 16\)",
+        ),
+        (lambda: VAE(VAES[0][0]).encode(torch.rand(1, 1, 3, 16, 16)), "every axis of x must be >= 4"),
+        (lambda: VAE(VAES[0][0]).decode(torch.rand(1, 3, 4, 4, 4)), r"floating \(B, 4, X, Y, Z\), got \(1, 3"),
+        (lambda: UNet(UNETS[0][0])(torch.randn(1, 4, 6, 4, 4), *[None] * 4), "every axis of x must be a multiple of 4"),
+        (
+            lambda: UNet(UNETS[0][0])(
+                torch.randn(2, 4, 4, 4, 4), torch.ones(2), torch.randn(3, 1, 24), torch.ones(2), torch.ones(2, 3)
+            ),
+            r"context must be \(K\*2, L>=1, 24\), got \(3, 1, 24\)",
+        ),
+        (
+            lambda: UNet(UNETS[0][0])(
+                torch.randn(2, 4, 4, 4, 4), torch.ones(2), torch.randn(2, 1, 24), torch.ones(2), torch.ones(3)
+            ),
+            r"spacing must be \(2, 3\), got \(3,\)",
+        ),
+    ],
+)
 def test_bad_input(make, message):
     with pytest.raises(ValueError, match=message):
         make()

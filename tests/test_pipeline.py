@@ -14,21 +14,43 @@ import pytest
 import torch
 
 import t2ct
+from t2ct.checks import EMBEDDED
 from t2ct.config import PipelineConfig
 from t2ct.models import CLIP3D, VAE, CLIP3DConfig, TextConfig, UNet, UNetConfig, VAEConfig, VisionConfig
-from t2ct.pipeline import EMBEDDED, T2CTPipeline
+from t2ct.pipeline import T2CTPipeline
 from t2ct.text import Tokenizer
 
 TEXT = "Large right pleural effusion with adjacent atelectasis."
 SMALL = PipelineConfig(
-    name="small", size=(16, 16, 16), spacing=(20.0, 20.0, 20.0),
+    name="small",
+    size=(16, 16, 16),
+    spacing=(20.0, 20.0, 20.0),
     vae=VAEConfig(channels=(8, 8, 16), norm_groups=4, num_res_blocks=1),
-    unet=UNetConfig(channels=(8, 16), attention_levels=(False, True), head_dim=8, cross_attention_dim=24, norm_groups=4, num_res_blocks=1),
+    unet=UNetConfig(
+        channels=(8, 16),
+        attention_levels=(False, True),
+        head_dim=8,
+        cross_attention_dim=24,
+        norm_groups=4,
+        num_res_blocks=1,
+    ),
     clip=CLIP3DConfig(
         text=TextConfig(vocab_size=280, width=16, layers=1, heads=2, mlp_width=32, max_length=24),
-        vision=VisionConfig(dim=16, image_size=16, patch_size=8, temporal_patch_size=4, spatial_layers=1, temporal_layers=1, heads=2, head_dim=8, codebook_size=8, depth=16),
-        embed_dim=24),
-)  # fmt: skip
+        vision=VisionConfig(
+            dim=16,
+            image_size=16,
+            patch_size=8,
+            temporal_patch_size=4,
+            spatial_layers=1,
+            temporal_layers=1,
+            heads=2,
+            head_dim=8,
+            codebook_size=8,
+            depth=16,
+        ),
+        embed_dim=24,
+    ),
+)
 
 
 def randomised(model, seed):
@@ -45,14 +67,23 @@ def published(tmp_path_factory):
     folder = tmp_path_factory.mktemp("published")
     states = {
         "vae": randomised(VAE(SMALL.vae), 1).state_dict(),
-        "unet": {"unet_state_dict": randomised(UNet(SMALL.unet), 2).state_dict(), "scale_factor": torch.tensor(1.25), "epoch": 200},
+        "unet": {
+            "unet_state_dict": randomised(UNet(SMALL.unet), 2).state_dict(),
+            "scale_factor": torch.tensor(1.25),
+            "epoch": 200,
+        },
         "clip": randomised(CLIP3D(SMALL.clip), 3).state_dict(),
     }
     files = {name: folder / f"{name}.pt" for name in states}
     for name, state in states.items():
         torch.save(state, files[name])
     files["tokenizer"] = folder / "tokenizer.json"
-    words = [f"{a} {b} pleural effusion nodule in the {c} lobe of lung" for a in ("large", "small") for b in ("left", "right") for c in ("upper", "lower")]
+    words = [
+        f"{a} {b} pleural effusion nodule in the {c} lobe of lung"
+        for a in ("large", "small")
+        for b in ("left", "right")
+        for c in ("upper", "lower")
+    ]
     Tokenizer.train(words * 9, SMALL.clip.text.vocab_size, files["tokenizer"])
     files["config"] = folder / "config.json"
     files["config"].write_text(SMALL.to_json())
@@ -69,7 +100,10 @@ def test_published_files_load_only_what_generation_needs(published, pipe):
     names = set(pipe.clip.state_dict())
     assert names
     assert not any("vision" in n or "visual" in n for n in names)
-    for network, reference in ((pipe.vae, torch.load(published["vae"])), (pipe.unet, torch.load(published["unet"])["unet_state_dict"])):
+    for network, reference in (
+        (pipe.vae, torch.load(published["vae"])),
+        (pipe.unet, torch.load(published["unet"])["unet_state_dict"]),
+    ):
         assert all(torch.equal(v, reference[k]) for k, v in network.state_dict().items())
 
 
@@ -105,7 +139,12 @@ def test_text_negative_prompt_and_guidance_matter(pipe):
     base = go()
     assert base.shape == (1, 16, 16, 16)
     assert base.dtype == np.float32
-    for other in (go("small left nodule"), go(negative_prompt="nodule"), go(guidance_scale=1.0), go(spacing=(10, 10, 10))):
+    for other in (
+        go("small left nodule"),
+        go(negative_prompt="nodule"),
+        go(guidance_scale=1.0),
+        go(spacing=(10, 10, 10)),
+    ):
         assert not np.array_equal(base, other)
 
 
@@ -116,7 +155,9 @@ def test_a_batch_is_its_prompts_one_by_one(pipe):
     assert [v.prompt for v in both] == texts
     for i, text in enumerate(texts):
         alone = pipe(text, latents=noise[i : i + 1], num_inference_steps=2, progress=False)
-        assert np.abs(alone.hu.astype(int) - both[i].hu).max() <= 1  # one rounding: batched GEMMs add up in another order
+        assert (
+            np.abs(alone.hu.astype(int) - both[i].hu).max() <= 1
+        )  # one rounding: batched GEMMs add up in another order
 
 
 def test_prompt_embeds_latents_and_callback(pipe):
@@ -126,14 +167,22 @@ def test_prompt_embeds_latents_and_callback(pipe):
         seen.append((p is pipe, step, tensors["latents"].shape))
         return {"latents": torch.zeros_like(tensors["latents"])} if step == 2 else None
 
-    z = pipe(prompt_embeds=embeds, generator=5, num_inference_steps=3, output_type="latent", callback_on_step_end=stop_motion, progress=False)
+    z = pipe(
+        prompt_embeds=embeds,
+        generator=5,
+        num_inference_steps=3,
+        output_type="latent",
+        callback_on_step_end=stop_motion,
+        progress=False,
+    )
     assert seen == [(True, i, (1, 4, 4, 4, 4)) for i in range(3)]
     assert torch.equal(z, torch.zeros_like(z))
     a = pipe(prompt_embeds=embeds, generator=5, num_inference_steps=2, progress=False)
     b = pipe(TEXT, generator=5, num_inference_steps=2, progress=False)
     assert np.array_equal(a[0].hu, b.hu)
     assert torch.equal(
-        torch.from_numpy(b.hu).float(), pipe(TEXT, generator=5, num_inference_steps=2, output_type="pt", progress=False)[0].round()
+        torch.from_numpy(b.hu).float(),
+        pipe(TEXT, generator=5, num_inference_steps=2, output_type="pt", progress=False)[0].round(),
     )
 
 
@@ -146,12 +195,17 @@ def test_save_pretrained_round_trips_bit_for_bit(pipe, tmp_path):
         ours, theirs = getattr(pipe, name).state_dict(), getattr(again, name).state_dict()
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(v, theirs[k]) for k, v in ours.items())
-    assert np.array_equal(pipe(TEXT, generator=1, num_inference_steps=1, progress=False).hu, again(TEXT, generator=1, num_inference_steps=1, progress=False).hu)
+    assert np.array_equal(
+        pipe(TEXT, generator=1, num_inference_steps=1, progress=False).hu,
+        again(TEXT, generator=1, num_inference_steps=1, progress=False).hu,
+    )
     pipe.save_pretrained(tmp_path / "model")  # over files that the second pipeline may still map
 
 
 def test_report_parts_are_formed_as_trained(pipe):
-    volume = pipe({"findings": "Small nodule.", "impression": "Nodule."}, generator=0, num_inference_steps=1, progress=False)
+    volume = pipe(
+        {"findings": "Small nodule.", "impression": "Nodule."}, generator=0, num_inference_steps=1, progress=False
+    )
     assert volume.prompt == "Findings: Small nodule. Impression: Nodule."
 
 
@@ -170,7 +224,16 @@ def test_low_precision(published):
 def test_generate_with_files_and_defaults(published):
     files = {k: str(v) for k, v in published.items()}
     volume = t2ct.generate(TEXT, model=files, seed=4, num_inference_steps=1, device="cpu", progress=False)
-    again = t2ct.generate(TEXT, model=files, seed=4, num_inference_steps=1, device="cpu", progress=False, size=(16, 16, 8 * 4), spacing=(20, 20, 10))
+    again = t2ct.generate(
+        TEXT,
+        model=files,
+        seed=4,
+        num_inference_steps=1,
+        device="cpu",
+        progress=False,
+        size=(16, 16, 8 * 4),
+        spacing=(20, 20, 10),
+    )
     assert volume.shape == (16, 16, 16)
     assert again.shape == (16, 16, 32)
 
@@ -195,19 +258,37 @@ BAD = [
 
 @pytest.mark.parametrize("wrong,kind,message", BAD, ids=lambda v: str(v) if isinstance(v, dict) else "")
 def test_bad_arguments(published, wrong, kind, message):
-    arguments = {"text": TEXT, "model": published, "device": "cpu", "progress": False, "num_inference_steps": 1, **wrong}
+    arguments = {
+        "text": TEXT,
+        "model": published,
+        "device": "cpu",
+        "progress": False,
+        "num_inference_steps": 1,
+        **wrong,
+    }
     with pytest.raises(kind, match=message):
         t2ct.generate(arguments.pop("text"), **arguments)
 
 
-@pytest.mark.parametrize("wrong,kind,message", [
-    (dict(prompt=None), ValueError, "either prompt or prompt_embeds, got neither"),
-    (dict(prompt_embeds=torch.zeros(1, 1, 24)), ValueError, "either prompt or prompt_embeds, got both"),
-    (dict(prompt=None, prompt_embeds=torch.zeros(1, 24)), ValueError, r"prompt_embeds must be \(B, L, 24\), got \(1, 24\)"),
-    (dict(prompt=[]), ValueError, "at least one text, got an empty list"),
-    (dict(latents=torch.zeros(1, 4, 4, 4, 2)), ValueError, r"latents must be finite, \(1, 4, 4, 4, 4\), got \(1, 4, 4, 4, 2\)"),
-    (dict(output_type="pil"), ValueError, "output_type must be one of .* got 'pil'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong,kind,message",
+    [
+        (dict(prompt=None), ValueError, "either prompt or prompt_embeds, got neither"),
+        (dict(prompt_embeds=torch.zeros(1, 1, 24)), ValueError, "either prompt or prompt_embeds, got both"),
+        (
+            dict(prompt=None, prompt_embeds=torch.zeros(1, 24)),
+            ValueError,
+            r"prompt_embeds must be \(B, L, 24\), got \(1, 24\)",
+        ),
+        (dict(prompt=[]), ValueError, "at least one text, got an empty list"),
+        (
+            dict(latents=torch.zeros(1, 4, 4, 4, 2)),
+            ValueError,
+            r"latents must be finite, \(1, 4, 4, 4, 4\), got \(1, 4, 4, 4, 2\)",
+        ),
+        (dict(output_type="pil"), ValueError, "output_type must be one of .* got 'pil'"),
+    ],
+)
 def test_bad_calls(pipe, wrong, kind, message):
     with pytest.raises(kind, match=message):
         pipe(**{"prompt": TEXT, "progress": False, **wrong})
@@ -242,12 +323,19 @@ def damage(kind, published, folder):
     return {**published, "vae": path}
 
 
-@pytest.mark.parametrize("kind,message", [
-    ("truncated", "wanted a whole torch file, got"), ("missing keys", "lacks 4 of .* tensors, first decoder.*, .*, "),
-    ("shapes", "of another shape: .* wanted .*, got"), ("code", "refused|wanted a whole torch file"),
-    ("zipped code", "asks to run code; refused"), ("not a dict", "wanted a state dict of tensors, got list"),
-    ("empty", "wanted a whole torch file"), ("safetensors", "wanted a whole safetensors file"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind,message",
+    [
+        ("truncated", "wanted a whole torch file, got"),
+        ("missing keys", "lacks 4 of .* tensors, first decoder.*, .*, "),
+        ("shapes", "of another shape: .* wanted .*, got"),
+        ("code", "refused|wanted a whole torch file"),
+        ("zipped code", "asks to run code; refused"),
+        ("not a dict", "wanted a state dict of tensors, got list"),
+        ("empty", "wanted a whole torch file"),
+        ("safetensors", "wanted a whole safetensors file"),
+    ],
+)
 def test_bad_weights(kind, message, published, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message) as caught:
@@ -257,9 +345,15 @@ def test_bad_weights(kind, message, published, tmp_path, monkeypatch):
 
 
 def test_bad_config(published, tmp_path):
-    for change, message in (({"format": "other"}, "wanted format"), ({"sizes": 3}, "no field 'sizes'"), ({"schedule": "x"}, "schedule")):
+    for change, message in (
+        ({"format": "other"}, "wanted format"),
+        ({"sizes": 3}, "no field 'sizes'"),
+        ({"schedule": "x"}, "schedule"),
+    ):
         with pytest.raises(ValueError, match=message):
-            T2CTPipeline.from_pretrained({**published, "config": {**json.loads(SMALL.to_json()), **change}}, device="cpu")
+            T2CTPipeline.from_pretrained(
+                {**published, "config": {**json.loads(SMALL.to_json()), **change}}, device="cpu"
+            )
     assert PipelineConfig.from_json(json.loads(SMALL.to_json())) == SMALL
     assert PipelineConfig.from_json(asdict(replace(SMALL, name="other"))).name == "other"
 
@@ -305,9 +399,11 @@ def peak_over_kept(config, folder, dtype, tokenizer, seed=None):
 def test_loading_takes_little_more_than_what_is_kept(dtype, published, tmp_path):
     """Peak <= 1.15 x kept: the vision tower and its projection (ten times the text tower here) are never read."""
     config = replace(
-        SMALL, unet=replace(SMALL.unet, channels=(128, 512), num_res_blocks=2, head_dim=32),
+        SMALL,
+        unet=replace(SMALL.unet, channels=(128, 512), num_res_blocks=2, head_dim=32),
         vae=replace(SMALL.vae, channels=(64, 128, 256), norm_groups=32),
-        clip=replace(SMALL.clip, vision=replace(SMALL.clip.vision, dim=1024, heads=16, head_dim=64)))  # fmt: skip
+        clip=replace(SMALL.clip, vision=replace(SMALL.clip.vision, dim=1024, heads=16, head_dim=64)),
+    )
     kept, grown = peak_over_kept(config, tmp_path, dtype, published["tokenizer"])
     assert kept > (1 << 28 if dtype == "float32" else 1 << 27)
     assert grown <= 1.15 * kept + (8 << 20)  # and the allocator's own few megabytes
@@ -321,7 +417,9 @@ def test_loading_the_published_sizes(published, tmp_path):
     assert grown <= 1.15 * kept
 
 
-needs_embedded = pytest.mark.skipif(not (EMBEDDED / "unet.safetensors").exists(), reason="the package holds no embedded model")
+needs_embedded = pytest.mark.skipif(
+    not (EMBEDDED / "unet.safetensors").exists(), reason="the package holds no embedded model"
+)
 
 
 @needs_embedded

@@ -6,5 +6,15 @@ from t2ct.models.unet import UNet, UNetConfig
 from t2ct.models.vae import VAE, VAEConfig, hu_to_unit, unit_to_hu
 from t2ct.models.vision import VisionConfig
 
-__all__ = ["CLIP3D", "VAE", "CLIP3DConfig", "TextConfig", "UNet", "UNetConfig", "VAEConfig", "VisionConfig",
-           "hu_to_unit", "unit_to_hu"]  # fmt: skip
+__all__ = [
+    "CLIP3D",
+    "VAE",
+    "CLIP3DConfig",
+    "TextConfig",
+    "UNet",
+    "UNetConfig",
+    "VAEConfig",
+    "VisionConfig",
+    "hu_to_unit",
+    "unit_to_hu",
+]

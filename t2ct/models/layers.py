@@ -13,7 +13,9 @@ class Conv(nn.Module):
     in: (B, in_channels, X, Y, Z), out: (B, out_channels, X', Y', Z'), channels-last in memory.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1, padding: int | None = None):
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1, padding: int | None = None
+    ):
         super().__init__()
         padding = kernel // 2 if padding is None else padding
         self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride, padding)
@@ -73,7 +75,9 @@ def zeroed(module: nn.Module) -> nn.Module:
 def check_channels(name: str, channels: tuple[int, ...], groups: int) -> None:
     """ValueError unless every width is a positive multiple of the number of norm groups."""
     if not channels or any(c < 1 or c % groups for c in channels):
-        raise ValueError(f"{name}: every entry of channels must be a positive multiple of norm_groups={groups}, got {channels}")
+        raise ValueError(
+            f"{name}: every entry of channels must be a positive multiple of norm_groups={groups}, got {channels}"
+        )
 
 
 def check_volume(name: str, x: Tensor, channels: int) -> None:

@@ -46,11 +46,13 @@ class UNet(nn.Module):
         check_channels("UNetConfig", c.channels, c.norm_groups)
         if len(c.attention_levels) != len(c.channels):
             raise ValueError(
-                f"UNetConfig: attention_levels must have {len(c.channels)} entries, one per level, got {c.attention_levels}"
+                f"UNetConfig: attention_levels must have one entry per level, {len(c.channels)}, got {c.attention_levels}"
             )
         attended = [n for n, on in zip(c.channels, c.attention_levels, strict=True) if on] + [c.channels[-1]]
         if any(n % c.head_dim for n in attended):
-            raise ValueError(f"UNetConfig: widths with attention must be multiples of head_dim={c.head_dim}, got {attended}")
+            raise ValueError(
+                f"UNetConfig: widths with attention must be multiples of head_dim={c.head_dim}, got {attended}"
+            )
 
         width = c.channels[0]
         time_dim = 4 * width
@@ -113,9 +115,13 @@ class UNet(nn.Module):
         b = x.shape[0]
         good = context.dim() == 3 and context.shape[1] >= 1 and context.shape[2] == c.cross_attention_dim
         if not good or context.shape[0] % b or not context.shape[0]:
-            raise ValueError(f"UNet: context must be (K*{b}, L>=1, {c.cross_attention_dim}), got {tuple(context.shape)}")
+            raise ValueError(
+                f"UNet: context must be (K*{b}, L>=1, {c.cross_attention_dim}), got {tuple(context.shape)}"
+            )
         for name, value, want in (
-            ("timesteps", timesteps, (b,)), ("class_labels", class_labels, (b,)), ("spacing", spacing, (b, 3))
-        ):  # fmt: skip
+            ("timesteps", timesteps, (b,)),
+            ("class_labels", class_labels, (b,)),
+            ("spacing", spacing, (b, 3)),
+        ):
             if tuple(value.shape) != want:
                 raise ValueError(f"UNet: {name} must be {want}, got {tuple(value.shape)}")

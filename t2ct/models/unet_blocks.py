@@ -30,7 +30,7 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0)
 
 
 def repeat_batch(x: Tensor, batch: int) -> Tensor:
-    """x, its batch repeated as a whole up to `batch` rows. Never an expanded view: torch.cat would drop channels-last."""
+    """x, its batch repeated as a whole up to `batch` rows. No expanded view: torch.cat would drop channels-last."""
     return x if x.shape[0] == batch else torch.cat([x] * (batch // x.shape[0]))
 
 
@@ -74,7 +74,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         source = x if context is None else context
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.to_q(x), self.to_k(source), self.to_v(source)))
+        q, k, v = (
+            t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for t in (self.to_q(x), self.to_k(source), self.to_v(source))
+        )
         return self.out_proj(attention(q, k, v).transpose(1, 2).flatten(2))
 
     def of_one_token(self, context: Tensor) -> Tensor:
@@ -185,7 +188,9 @@ class MiddleBlock(nn.Module):
 class UpBlock(nn.Module):
     """Residual blocks on (h, skip), each with attention where the level has it, then one that doubles the volume."""
 
-    def __init__(self, c: UNetConfig, width: int, skips: list[int], out: int, emb_dim: int, attend: bool, upsample: bool):
+    def __init__(
+        self, c: UNetConfig, width: int, skips: list[int], out: int, emb_dim: int, attend: bool, upsample: bool
+    ):
         super().__init__()
         if attend:
             self.attentions = nn.ModuleList([SpatialTransformer(c, out) for _ in skips])

@@ -54,7 +54,9 @@ class VAEConfig:
 class DoubleConv(nn.Module):
     """A convolution under the two extra name levels of the published VAE ("….conv.conv.weight")."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1, padding: int | None = None):
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1, padding: int | None = None
+    ):
         super().__init__()
         self.conv = Conv(in_channels, out_channels, kernel, stride, padding)
 
@@ -81,7 +83,7 @@ class ResBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve each axis: one zero voxel after the end (the reference's asymmetric padding), then a stride-2 convolution."""
+    """Halve each axis: a zero voxel after the end (the reference's asymmetric padding), then a convolution of stride 2."""
 
     def __init__(self, channels: int):
         super().__init__()

@@ -22,7 +22,7 @@ def clip_loss(model: CLIP3D, hu: np.ndarray, ids: Tensor, batch: int):
 
     def loss_of(generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         with torch.no_grad():
-            model.model.logit_scale.clamp_(0, math.log(100))
+            model.logit_scale.clamp_(0, math.log(100))
         index = torch.randperm(len(hu), generator=generator)[:batch]
         wording = torch.randint(ids.shape[1], (batch,), generator=generator)
         volume = torch.from_numpy(hu[index.numpy()])[:, None].float()

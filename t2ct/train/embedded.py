@@ -32,18 +32,31 @@ CONFIG = PipelineConfig(
     base_voxels=16 * 16 * 8,  # its own latent size: no timestep shift where it was trained
     vae=VAEConfig(channels=(16, 32, 96), norm_groups=8, num_res_blocks=1),
     unet=UNetConfig(
-        channels=(32, 64, 128), attention_levels=(False, True, True), head_dim=16, cross_attention_dim=256, norm_groups=8,
-        num_res_blocks=1, num_class_embeds=2,
+        channels=(32, 64, 128),
+        attention_levels=(False, True, True),
+        head_dim=16,
+        cross_attention_dim=256,
+        norm_groups=8,
+        num_res_blocks=1,
+        num_class_embeds=2,
     ),
     clip=CLIP3DConfig(
         text=TextConfig(vocab_size=1024, width=160, layers=4, heads=5, mlp_width=640, max_length=192),
         vision=VisionConfig(
-            dim=96, image_size=64, patch_size=8, temporal_patch_size=8, spatial_layers=2, temporal_layers=2, heads=4,
-            head_dim=24, codebook_size=512, depth=32,
+            dim=96,
+            image_size=64,
+            patch_size=8,
+            temporal_patch_size=8,
+            spatial_layers=2,
+            temporal_layers=2,
+            heads=4,
+            head_dim=24,
+            codebook_size=512,
+            depth=32,
         ),
         embed_dim=256,
     ),
-)  # fmt: skip
+)
 VAE_LOOP = LoopConfig(steps=1200, batch_size=1, learning_rate=1.5e-3, warmup=50, ema_decay=0.99)
 VAE_PATCH = (64, 64, 16)  # whole cross-sections: GroupNorm then sees air, body and lung in the shares of a volume
 CLIP_LOOP = LoopConfig(steps=700, batch_size=32, learning_rate=5e-4, warmup=70, weight_decay=1e-4)
@@ -99,8 +112,10 @@ def export(output: Path, vae: VAE, clip: CLIP3D, unet: UNet, tokenizer: Tokenize
     files = {
         "config.json": replace(CONFIG, scale_factor=scale).to_json().encode(),
         "tokenizer.json": tokenizer.to_json().encode(),
-        "vae.safetensors": half(vae), "clip.safetensors": half(clip), "unet.safetensors": half(unet),
-    }  # fmt: skip
+        "vae.safetensors": half(vae),
+        "clip.safetensors": half(clip),
+        "unet.safetensors": half(unet),
+    }
     write_files({output / name: content for name, content in files.items()})
     for name, content in files.items():
         print(f"{name}  {len(content) / 1e6:.2f} MB  sha256 {hashlib.sha256(content).hexdigest()[:16]}")

@@ -22,7 +22,13 @@ def encode_volumes(vae: VAE, hu: np.ndarray, batch: int = 8) -> tuple[Tensor, Te
 
 
 def ldm_loss(
-    model: UNet, mu: Tensor, sigma: Tensor, embeds: Tensor, spacing: tuple[float, float, float], scale: float, batch: int
+    model: UNet,
+    mu: Tensor,
+    sigma: Tensor,
+    embeds: Tensor,
+    spacing: tuple[float, float, float],
+    scale: float,
+    batch: int,
 ):
     """The loss function for `loop.run`. embeds: (N, WORDINGS, D); scale: 1 / std of the latents; spacing in mm.
 

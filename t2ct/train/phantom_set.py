@@ -51,7 +51,9 @@ def _shard(job: tuple[Path, range, tuple[int, int, int]]) -> None:
     write_files({path: buffer.getvalue()})
 
 
-def phantom_set(folder: Path, count: int, size: tuple[int, int, int], first_seed: int = 0, workers: int = 2) -> PhantomSet:
+def phantom_set(
+    folder: Path, count: int, size: tuple[int, int, int], first_seed: int = 0, workers: int = 2
+) -> PhantomSet:
     """`count` phantoms of `size` voxels, seeds from `first_seed`; shards already in `folder` are kept.
 
     count must be a multiple of SHARD. Takes about 0.12 s a phantom of 64x64x32 and core, and 0.26 MB of disk.

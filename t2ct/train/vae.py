@@ -26,7 +26,8 @@ def draw_patches(hu: np.ndarray, batch: int, patch: tuple[int, int, int], genera
     """(batch, 1, *patch) in [0, 1]: random volumes, random corners."""
     indices = torch.randint(len(hu), (batch,), generator=generator).tolist()
     corners = [
-        torch.randint(n - p + 1, (batch,), generator=generator).tolist() for n, p in zip(hu.shape[1:], patch, strict=True)
+        torch.randint(n - p + 1, (batch,), generator=generator).tolist()
+        for n, p in zip(hu.shape[1:], patch, strict=True)
     ]
     cut = [
         hu[(i, *(slice(c[k], c[k] + p) for c, p in zip(corners, patch, strict=True)))] for k, i in enumerate(indices)
@@ -42,6 +43,10 @@ def vae_loss(model: VAE, hu: np.ndarray, batch: int, patch: tuple[int, int, int]
         x = channels_last(draw_patches(hu, batch, patch, generator))
         y, mu, sigma = model(x, generator)
         l1, edge, kl = (x - y).abs().mean(), edge_loss(x, y), kl_divergence(mu, sigma)
-        return l1 + EDGE_WEIGHT * edge + kl_weight * kl, {"l1_hu": 2000 * l1.item(), "kl": kl.item(), "std": mu.std().item()}
+        return l1 + EDGE_WEIGHT * edge + kl_weight * kl, {
+            "l1_hu": 2000 * l1.item(),
+            "kl": kl.item(),
+            "std": mu.std().item(),
+        }
 
     return loss_of

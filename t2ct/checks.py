@@ -1,0 +1,106 @@
+"""What a caller may ask for: every argument of `generate` checked before anything long starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from t2ct.text import form_prompt
+
+EMBEDDED = Path(__file__).parent / "assets" / "embedded"
+FILES = {
+    "vae": "vae.safetensors",
+    "unet": "unet.safetensors",
+    "clip": "clip.safetensors",
+    "tokenizer": "tokenizer.json",
+}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_seed(seed: Any) -> int:
+    """The seed as an int, or ValueError."""
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be an integer from 0 to 2^63 - 1, got {seed!r}")
+    return int(seed)
+
+
+def check_size(size: Any, factor: int) -> tuple[int, int, int]:
+    """Three positive multiples of factor, or ValueError."""
+    values = tuple(size) if isinstance(size, (Sequence, np.ndarray, torch.Size)) and not isinstance(size, str) else ()
+    good = len(values) == 3 and all(isinstance(n, (int, np.integer)) and n > 0 and n % factor == 0 for n in values)
+    if not good:
+        raise ValueError(f"size must be three positive multiples of {factor} (voxels), got {size!r}")
+    return tuple(int(n) for n in values)  # type: ignore[return-value]
+
+
+def check_spacing(spacing: Any) -> tuple[float, float, float]:
+    """Three positive finite numbers, or ValueError."""
+    values = tuple(spacing) if isinstance(spacing, (Sequence, np.ndarray)) and not isinstance(spacing, str) else ()
+    good = len(values) == 3 and all(isinstance(v, (int, float, np.number)) and np.isfinite(v) and v > 0 for v in values)
+    if not good:
+        raise ValueError(f"spacing must be three positive numbers (mm), got {spacing!r}")
+    return tuple(float(v) for v in values)  # type: ignore[return-value]
+
+
+def find_device(device: str | torch.device | None) -> torch.device:
+    """The device, or by default the GPU if there is one; ValueError for one that is not there."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device: wanted one that is there, got {str(device)!r} ({str(error).splitlines()[0][:100]})"
+        ) from None
+    if chosen.type == "meta":
+        raise ValueError("device: wanted one that computes, got 'meta'")
+    return chosen
+
+
+def find_dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The dtype, or by default float16 on a GPU and float32 on a CPU; ValueError for one the networks do not run in."""
+    chosen = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
+    if chosen not in DTYPES:
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {chosen}")
+    return chosen
+
+
+def find_files(model: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
+    """Where each part lies; "config" None = the published networks."""
+    if isinstance(model, Mapping):
+        wanted = (*FILES, "config")
+        wrong = [k for k in model if k not in wanted] or [k for k in FILES if k not in model]
+        if wrong:
+            raise ValueError(
+                f"model: wanted files for {', '.join(FILES)} (and optionally config), got {', '.join(model)}"
+            )
+        found = {**model, "config": model.get("config")}
+    else:
+        folder = EMBEDDED if model is None else Path(model)
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(
+                f"model: wanted a folder with config.json, or a dict of files {', '.join(FILES)}, got {str(folder)!r}"
+            )
+        found = {name: folder / file for name, file in FILES.items()} | {"config": folder / "config.json"}
+    for name, path in found.items():
+        if isinstance(path, (str, Path)) and not Path(path).is_file():
+            raise FileNotFoundError(f"model: wanted a file for {name}, got {str(path)!r}, which is not there")
+    return found
+
+
+def form_prompts(prompt: Any, several: bool, embeds: Tensor | None) -> list[str] | None:
+    """The formed texts, or None where embeddings came instead; ValueError for both, neither or an empty list."""
+    if (prompt is None) == (embeds is None):
+        raise ValueError(f"wanted either prompt or prompt_embeds, got {'neither' if prompt is None else 'both'}")
+    if prompt is None:
+        return None
+    prompts = list(prompt) if several else [prompt]
+    if not prompts:
+        raise ValueError("prompt: wanted at least one text, got an empty list")
+    return [form_prompt(one) for one in prompts]
