@@ -182,9 +182,10 @@ class T2CTPipeline:
             "version": __version__,
         }
         affine = centred_affine(size, spacing)
+        recorded: Sequence[str | None] = texts or [None] * batch
         volumes = [
             Volume(unit_to_hu(u).cpu().numpy(), affine, text, seed, {**provenance, "batch_index": i})
-            for i, (u, text) in enumerate(zip(units, texts or batch * [None], strict=True)  # type: ignore[list-item])
+            for i, (u, text) in enumerate(zip(units, recorded, strict=True))
         ]
         return volumes if several or prompt is None else volumes[0]
 

@@ -285,7 +285,7 @@ def test_compiles():
     "make,message",
     [
         (lambda: VAE(VAEConfig(channels=(10, 20), norm_groups=8)), r"multiple of norm_groups=8, got \(10, 20\)"),
-        (lambda: UNet(UNetConfig(attention_levels=(True,))), "attention_levels must have one entry per level, 4, got"),
+        (lambda: UNet(UNetConfig(attention_levels=(True,))), "attention_levels must have 4 entries"),
         (lambda: UNet(UNetConfig(channels=(64, 128, 256, 512), head_dim=48)), "multiples of head_dim=48"),
         (
             lambda: VAE(VAES[0][0]).encode(torch.rand(1, 16, 16, 16)),

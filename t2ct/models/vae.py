@@ -83,7 +83,7 @@ class ResBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve each axis: a zero voxel after the end (the reference's asymmetric padding), then a convolution of stride 2."""
+    """Halve each axis: a zero voxel after the end (the reference's asymmetry), then a convolution of stride 2."""
 
     def __init__(self, channels: int):
         super().__init__()
