@@ -84,11 +84,11 @@ class Volume:
         return load_volume(path)
 
     def preview(self, path: PathLike | None = None, *, center: tuple[float, float, float] | None = None) -> Image:
-        """Draw three planes in three windows (`t2ct.preview.render`), written as PNG if `path` is given.
+        """Draw three planes in three windows (`t2ct.data.preview.render`), written as PNG if `path` is given.
 
         `center` is where the planes cross, in voxel indices (x, y, z); by default the centre of the body.
         """
-        from t2ct.preview import encode_png, render
+        from t2ct.data.preview import encode_png, render
 
         if path is None:
             return render(self, center=center)
@@ -115,7 +115,7 @@ class Volume:
         return f"Volume({', '.join(parts)})"
 
     def _repr_png_(self) -> bytes:
-        from t2ct.preview import encode_png
+        from t2ct.data.preview import encode_png
 
         return encode_png(self.preview())
 

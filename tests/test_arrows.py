@@ -18,7 +18,7 @@ LAYERS = (
     {"cli", "commands", "__main__", "__init__"},
 )
 # Beside the models: volumes, files and words, seen from the pipeline on, seeing only one another.
-BESIDE = {"data", "volume", "preview", "files", "text"}
+BESIDE = {"data", "volume", "files", "text"}
 MAX_LINES, MAX_ENTRIES = 400, 16
 
 

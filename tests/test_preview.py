@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from t2ct import preview
+from t2ct.data import preview
 from t2ct.volume import Volume
 
 

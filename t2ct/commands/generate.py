@@ -60,8 +60,8 @@ def run(args: argparse.Namespace) -> None:
 
     import torch
 
+    from t2ct.data.preview import encode_png, render
     from t2ct.pipeline import T2CTPipeline, generate
-    from t2ct.preview import encode_png, render
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
     pipe = T2CTPipeline.from_pretrained(args.model, device=args.device, dtype=dtype)

@@ -46,7 +46,7 @@ class UNet(nn.Module):
         check_channels("UNetConfig", c.channels, c.norm_groups)
         if len(c.attention_levels) != len(c.channels):
             raise ValueError(
-                f"UNetConfig: attention_levels must have {len(c.channels)} entries, one a level, got {c.attention_levels}"
+                f"UNetConfig: attention_levels must have {len(c.channels)} entries, got {c.attention_levels}"
             )
         attended = [n for n, on in zip(c.channels, c.attention_levels, strict=True) if on] + [c.channels[-1]]
         if any(n % c.head_dim for n in attended):

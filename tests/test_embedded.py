@@ -1,0 +1,50 @@
+"""The model in the package: small, makes a chest, listens. (How well it listens: python -m t2ct.eval.listens.)"""
+
+import warnings
+
+import numpy as np
+import pytest
+
+import t2ct
+from t2ct.checks import EMBEDDED
+from t2ct.pipeline import T2CTPipeline
+
+needs_embedded = pytest.mark.skipif(
+    not (EMBEDDED / "unet.safetensors").exists(), reason="the package holds no embedded model"
+)
+
+
+@needs_embedded
+def test_the_embedded_model_is_small():
+    assert sum(p.stat().st_size for p in EMBEDDED.iterdir()) <= 24e6
+
+
+@needs_embedded
+def test_the_embedded_model_makes_a_chest():
+    """Air around a body, aerated lungs in it, bone, and the same bits twice."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        volume = t2ct.generate("Normal chest CT.", seed=0, device="cpu", progress=False)
+    hu = volume.hu
+    assert min(volume.shape[:2]) >= 64
+    assert volume.shape[2] >= 32
+    corners = hu[[0, 0, -1, -1], [-1, -3, -1, -3]]  # in front of the patient, at both sides
+    assert np.median(corners) < -900
+    middle = hu[:, :, hu.shape[2] // 2]
+    assert 0.2 < (middle > -300).mean() < 0.8
+    assert 0.05 < (hu < -600)[16:48, 16:48, 8:24].mean() < 0.8
+    assert (hu > 200).mean() > 0.001
+    assert np.array_equal(hu, t2ct.generate("Normal chest CT.", seed=0, device="cpu", progress=False).hu)
+
+
+@needs_embedded
+def test_effusion_lies_on_the_side_that_was_asked_for():
+    """Denser right base with a right effusion, denser left base with a left one, on most of a few seeds."""
+    pipe = T2CTPipeline.from_pretrained(device="cpu")
+    differences = []
+    for side in ("right", "left"):
+        hu = pipe([f"Large {side} pleural effusion."] * 4, generator=1, output_type="np", progress=False)
+        back = hu[:, :, 14:30, 8:18]  # posterior, lower half of the chest
+        right, left = back[:, 34:54].mean((1, 2, 3)), back[:, 10:30].mean((1, 2, 3))
+        differences.append((right - left) if side == "right" else (left - right))
+    assert (np.concatenate(differences) > 0).mean() >= 0.75
