@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from t2ct.diffusion import NUM_TRAIN_TIMESTEPS, add_noise, velocity
 from t2ct.models import VAE, UNet, hu_to_unit
@@ -21,8 +21,15 @@ def encode_volumes(vae: VAE, hu: np.ndarray, batch: int = 8) -> tuple[Tensor, Te
     return torch.cat(means).contiguous(), torch.cat(sigmas).contiguous()
 
 
+def freeze_dead(unet: UNet) -> None:
+    """Queries and keys of attention to a one-token context have no say and no gradient: optimisers skip them."""
+    for name, parameter in unet.named_parameters():
+        if any(part in name for part in (".attn2.to_q.", ".attn2.to_k.", ".transformer_blocks.0.norm2.")):
+            parameter.requires_grad_(False)
+
+
 def ldm_loss(
-    model: UNet,
+    model: nn.Module,
     mu: Tensor,
     sigma: Tensor,
     embeds: Tensor,

@@ -1,6 +1,8 @@
 """One training loop: Adam, warm-up and cosine decay, an exponential moving average, checkpoints that survive a kill.
 
-The random numbers of a step come from (seed, step) alone, so a resumed run sees what an uninterrupted one would.
+The random numbers of a step come from (seed, step, rank) alone, so a resumed run sees what an uninterrupted one would.
+Under torchrun, torch's DistributedDataParallel around the model that the loss calls averages the gradients; every rank
+keeps the same weights and the first one writes them.
 """
 
 import json
@@ -11,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -62,13 +65,17 @@ def run(
     start = _resume(model, optimiser, live, average, checkpoint)
     saved = time.monotonic()
     model.train()
-    bar = tqdm(range(start, config.steps), initial=start, total=config.steps, desc=name, mininterval=5)
+    rank, world = ranks()
+    bar = tqdm(
+        range(start, config.steps), initial=start, total=config.steps, desc=name, mininterval=5, disable=rank != 0
+    )
     for step in bar:
         rate = learning_rate(step, config)
         for group in optimiser.param_groups:
             group["lr"] = rate
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        torch.manual_seed(config.seed * 1_000_003 + step)  # for modules that draw on their own (dead codes)
+        seed = (config.seed * 1_000_003 + step) * world + rank
+        generator = torch.Generator().manual_seed(seed)
+        torch.manual_seed(seed)  # for modules that draw on their own (dead codes)
         loss, shown = loss_of(generator)
         if not torch.isfinite(loss):
             raise RuntimeError(f"{name}: the loss is {loss.item()} at step {step}; the last checkpoint is {checkpoint}")
@@ -79,14 +86,19 @@ def run(
         if average:
             _update(average, model, min(config.ema_decay, (step + 1) / (step + 10)))
         bar.set_postfix(loss=f"{loss.item():.4f}", norm=f"{norm:.2f}", **{k: f"{v:.4g}" for k, v in shown.items()})
-        if time.monotonic() - saved > SAVE_EVERY_SECONDS:
+        if rank == 0 and time.monotonic() - saved > SAVE_EVERY_SECONDS:
             _save(model, optimiser, live, average, checkpoint, step + 1, config)
             saved = time.monotonic()
-    if start < config.steps:
+    if start < config.steps and rank == 0:
         _save(model, optimiser, live, average, checkpoint, config.steps, config)
     if average:
         model.load_state_dict(average)
     model.eval()
+
+
+def ranks() -> tuple[int, int]:
+    """(rank, world size); (0, 1) outside torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
 @torch.no_grad()

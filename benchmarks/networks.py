@@ -1,0 +1,81 @@
+"""The published networks and MONAI's with the same weights; run as a program it prints the memory one of them takes."""
+
+import gc
+import json
+import sys
+
+import torch
+
+UNET_LATENT, VAE_LATENT = (32, 32, 16), (16, 16, 16)
+
+
+def build(network: str, peer: str, dtype: str):
+    """A function without arguments that runs one pass; weights depend on a seed alone, so both peers have the same."""
+    from t2ct.models import VAE, UNet
+
+    torch.manual_seed(0)
+    ours = UNet() if network == "unet" else VAE()
+    generator = torch.Generator().manual_seed(1)
+    for p in ours.parameters():
+        if not p.any():  # zero-initialised branches: a pass through zeros would prove nothing
+            p.data.copy_(torch.randn(p.shape, generator=generator) * 0.02)
+    ours.eval().requires_grad_(False)
+    x = torch.randn(1, 4, *(UNET_LATENT if network == "unet" else VAE_LATENT), generator=generator)
+    t, context = torch.tensor([500.0]), torch.randn(1, 1, 768, generator=generator)
+    label, spacing = torch.ones(1, dtype=torch.long), torch.tensor([[75.0, 75.0, 300.0]])
+    if peer == "t2ct":
+        if dtype == "bfloat16":
+            ours, x, context, spacing = ours.bfloat16(), x.bfloat16(), context.bfloat16(), spacing.bfloat16()
+        return (lambda: ours(x, t, context, label, spacing)) if network == "unet" else (lambda: ours.decode(x))
+
+    theirs = monai_unet() if network == "unet" else monai_vae()
+    theirs.load_state_dict(ours.state_dict(), assign=True)
+    theirs.eval().requires_grad_(False)
+
+    def run():  # bfloat16 by autocast, as MAISI runs it: its average pooling has no bfloat16 of its own on a CPU
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            if network == "vae":
+                return theirs.decode(x)
+            return theirs(x=x, timesteps=t, context=context, class_labels=label, spacing_tensor=spacing)
+
+    return run
+
+
+def monai_unet():
+    from monai.apps.generation.maisi.networks.diffusion_model_unet_maisi import DiffusionModelUNetMaisi
+
+    with torch.device("meta"):
+        return DiffusionModelUNetMaisi(
+            spatial_dims=3, in_channels=4, out_channels=4, num_channels=(64, 128, 256, 512),
+            attention_levels=(False, False, True, True), norm_num_groups=32, resblock_updown=True, num_head_channels=32,
+            with_conditioning=True, cross_attention_dim=768, num_class_embeds=128, include_fc=True,
+            include_spacing_input=True)  # fmt: skip
+
+
+def monai_vae():
+    from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
+
+    with torch.device("meta"):
+        return AutoencoderKlMaisi(
+            spatial_dims=3, in_channels=1, out_channels=1, latent_channels=4, num_channels=(64, 128, 256),
+            num_res_blocks=(2, 2, 2), norm_num_groups=32, norm_eps=1e-6, attention_levels=(False, False, False),
+            with_encoder_nonlocal_attn=False, with_decoder_nonlocal_attn=False, norm_float16=False, num_splits=1,
+            dim_split=1, save_mem=False)  # fmt: skip
+
+
+def status(name: str) -> int:
+    """A field of /proc/self/status in bytes."""
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+if __name__ == "__main__":
+    pass_once = build(*json.loads(sys.argv[1]))
+    gc.collect()
+    before = status("VmRSS")
+    with open("/proc/self/clear_refs", "w") as peak:
+        peak.write("5")  # the highest resident size counts from here
+    with torch.inference_mode():
+        pass_once()
+        pass_once()
+    print(status("VmHWM") - before)
