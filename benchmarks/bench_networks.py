@@ -18,6 +18,7 @@ from networks import build
 ROUNDS = 7
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2}
 
+
 def memory(*case):
     command = [sys.executable, str(Path(__file__).with_name("networks.py")), json.dumps(case)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -43,7 +44,13 @@ def test_network(network, dtype, benchmark):
     medians = {name: statistics.median(values) for name, values in times.items()}
     peaks = {name: memory(network, name, dtype) for name in peers}
     benchmark.extra_info.update(
-        seconds=medians, memory=peaks, error=errors,
-        time_ratio=medians["t2ct"] / medians["monai"], memory_ratio=peaks["t2ct"] / peaks["monai"])
-    print(f"{network} {dtype}: time {medians} ratio {medians['t2ct'] / medians['monai']:.3f}, "
-          f"memory {peaks} ratio {peaks['t2ct'] / peaks['monai']:.3f}, error {errors}")
+        seconds=medians,
+        memory=peaks,
+        error=errors,
+        time_ratio=medians["t2ct"] / medians["monai"],
+        memory_ratio=peaks["t2ct"] / peaks["monai"],
+    )
+    print(
+        f"{network} {dtype}: time {medians} ratio {medians['t2ct'] / medians['monai']:.3f}, "
+        f"memory {peaks} ratio {peaks['t2ct'] / peaks['monai']:.3f}, error {errors}"
+    )

@@ -62,13 +62,13 @@ class Report:
     def markdown(self) -> str:
         """The table as Markdown."""
         told = ", ".join(f"{key} {value}" for key, value in self.settings.items())
-        head = f"Model {self.name}, weights {self.weights}, t2ct {self.version}, {self.date}; {told}; {self.seconds:.0f} s."
-        parts = [head]
-        for title, rows in (("Measured on real phantoms", self.phantoms), ("Measured on generated volumes", self.model)):
-            lines = [f"| {title} | value | target | | |", "|---|---|---|---|---|"]
+        head = f"Model {self.name}, weights {self.weights}, t2ct {self.version}, {self.date}; {told}"
+        parts = [f"{head}; {self.seconds:.0f} s."]
+        for title, rows in (("real phantoms", self.phantoms), ("generated volumes", self.model)):
+            lines = [f"| Measured on {title} | value | target | | |", "|---|---|---|---|---|"]
             for r in rows:
                 met = "met" if r.met else "missed"
-                lines.append(f"| {r.what} | {_short(r.value)} | {r.target} | {met} | {r.detail} |")
+                lines.append(f"| {r.what} | {_short(r)} | {r.target} | {met} | {r.detail} |")
             parts.append("\n".join(lines))
         return "\n\n".join(parts) + "\n"
 
@@ -81,7 +81,7 @@ class Report:
 
 
 def visible(seed: int) -> list[Finding]:
-    """The findings of evaluation phantom `seed`: drawn as for training, in sizes that a grid of 5.5 x 5.5 x 10 mm shows.
+    """The findings of evaluation phantom `seed`: drawn as for training, in sizes that a 5.5 x 5.5 x 10 mm grid shows.
 
     What is to be seen must be two voxels thick: effusions are moderate or large, emphysema moderate or severe, nodules
     20 to 30 mm. Everything else, and the findings that are not measured, come in all sizes. Nothing is dropped.
@@ -125,15 +125,15 @@ def listens(
     """Prove the measurements on `phantoms` phantoms, then measure what `pipe` makes of `prompts` prompts.
 
     pipe: a `T2CTPipeline`, or anything called like one that has name, weights_hash, size and spacing. Generated in
-    batches, the seed of each being the index of its first prompt. Returns a `Report`; raises ValueError for counts below
-    1 and for a grid that the measurements are not made for, whatever `pipe` raises otherwise.
+    batches, the seed of each being the index of its first prompt. Returns a `Report`. Raises ValueError for counts
+    below 1 and for a grid that the measurements are not made for, and whatever `pipe` raises.
     """
     for name, value in (("prompts", prompts), ("steps", steps), ("batch", batch), ("phantoms", phantoms)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: wanted an integer >= 1, got {value!r}")
     frame(np.zeros(pipe.size), pipe.spacing)  # refuses unfit grids now, not after an hour
     start = time.perf_counter()
-    proof = _prove(pipe, _bar(range(phantoms), "real phantoms", progress))
+    proof = _prove(pipe, tqdm(range(phantoms), desc="real phantoms", disable=not progress))
     truth: list[Phantom] = []
     real, made = _Seen(), _Seen()
     with tqdm(total=prompts, desc="generated", disable=not progress) as bar:
@@ -151,9 +151,7 @@ def listens(
     settings = {"phantoms": phantoms, "prompts": prompts, "steps": steps, "guidance": guidance}
     rows = (*_finding_rows(truth, made), *_side_row(truth, made), *_anatomy_rows(real, made))
     seconds = time.perf_counter() - start
-    return Report(
-        proof, rows, pipe.name, pipe.weights_hash, __version__, date.today().isoformat(), settings, seconds
-    )
+    return Report(proof, rows, pipe.name, pipe.weights_hash, __version__, date.today().isoformat(), settings, seconds)
 
 
 class _Seen:
@@ -240,12 +238,10 @@ def _row(what: str, value: float, kind: str, detail: str) -> Row:
     return Row(what, value, f">= {limit:g}", value >= limit, detail)
 
 
-def _short(value: float) -> str:
-    return "not measurable" if not np.isfinite(value) else f"{value:+.0f}" if abs(value) > 1.5 else f"{value:.3f}"
-
-
-def _bar(items: Iterable[int], what: str, progress: bool) -> Iterable[int]:
-    return tqdm(items, desc=what, disable=not progress)
+def _short(row: Row) -> str:
+    if not np.isfinite(row.value):
+        return "not measurable"
+    return f"{row.value:+.0f} HU" if row.target.startswith("within") else f"{row.value:.3f}"
 
 
 def main(argv: Sequence[str] | None = None, load: Callable[[Any], Any] | None = None) -> int:
@@ -268,8 +264,9 @@ def main(argv: Sequence[str] | None = None, load: Callable[[Any], Any] | None = 
             check_outputs([args.output])
         pipe = load(args.model)
         seconds = args.prompts * (pipe.estimate_seconds(num_inference_steps=args.steps) + 0.3) + args.phantoms * 0.4
-        print(f"model {pipe.name}, weights {pipe.weights_hash}, {pipe.device}: {args.prompts} prompts, {args.steps} steps, ")
-        print(f"{args.phantoms} phantoms to prove the measurements; about {seconds / 60:.0f} min", flush=True)
+        print(f"model {pipe.name}, weights {pipe.weights_hash}, on {pipe.device}")
+        work = f"{args.phantoms} phantoms to prove the measurements, {args.prompts} prompts of {args.steps} steps"
+        print(f"{work}: about {seconds / 60:.0f} min", flush=True)
         report = listens(pipe, args.prompts, args.steps, args.guidance, args.batch, args.phantoms)
         if args.output:
             table = report.json() if args.output.suffix == ".json" else report.markdown()

@@ -42,12 +42,12 @@ class Rule:
 
 # Thresholds: best accuracy on 200 phantoms, seeds 200000 to 200199; checked on others by `t2ct.eval.listens`.
 RULES = {
-    "pleural effusion": Rule("effusion", 0.0, "ml"),
-    "cardiomegaly": Rule("heart width", 0.0, "of chest width"),
-    "emphysema": Rule("lung density", 0.0, "HU", -1),
-    "lung nodule": Rule("nodule", 0.0, "HU"),
-    "pericardial effusion": Rule("pericardial fluid", 0.0, "ml"),
-    "arterial wall calcification": Rule("calcification", 0.0, "HU"),
+    "pleural effusion": Rule("effusion", 152.0, "ml"),
+    "cardiomegaly": Rule("heart width", 0.435, "of chest width"),
+    "emphysema": Rule("lung density", -877.0, "HU", -1),
+    "lung nodule": Rule("nodule", 459.0, "HU"),
+    "pericardial effusion": Rule("pericardial fluid", 119.0, "ml"),
+    "arterial wall calcification": Rule("calcification", 303.0, "HU"),
 }
 ANATOMY = ("lung HU", "liver HU", "heart HU", "body HU", "body area")
 
@@ -194,8 +194,10 @@ def _inner_width(f: Frame, slices: np.ndarray) -> float:
 
 
 def lung_density(f: Frame) -> float:
-    """HU below which 10 % of the upper lungs lie ("percentile density"), after a mean over 3 x 3 x 3 voxels, which takes
-    the noise away; airways beside the midline and the border of the lungs left out."""
+    """HU below which 10 % of the upper lungs lie ("percentile density").
+
+    Taken after a mean over 3 x 3 x 3 voxels, against noise; airways beside the midline and the lungs' border left out.
+    """
     calm = smooth(f.hu)
     lung = f.body & (f.hu < -500) & (calm < -720) & (np.abs(f.x) > 35) & (f.z > 0)
     return _statistic(calm[lung], lambda v: np.percentile(v, 10))

@@ -1,0 +1,61 @@
+"""docs/measured.md from a results file: python benchmarks/table.py benchmarks/results/NAME.json > docs/measured.md"""
+
+import json
+import sys
+from pathlib import Path
+
+
+def megabytes(n: float) -> str:
+    return f"{n / 1e6:.0f} MB"
+
+
+def main(path: str) -> None:
+    content = json.loads(Path(path).read_text())
+    machine, rows = content["machine_info"], content["benchmarks"]
+    cpu = machine.get("cpu", {})
+    print(
+        f"# Measured\n\nMade by `python benchmarks/table.py {path}`, never typed. {content['datetime'][:10]}, "
+        f"{cpu.get('brand_raw', machine['machine'])}, {machine['threads']} threads, "
+        f"torch {machine['versions']['torch']}, MONAI {machine['versions']['monai']}. No figure here is a GPU's.\n"
+    )
+    extra = {row["name"]: row["extra_info"] for row in rows}
+    print("| what | measured | target |\n|---|---|---|")
+    if "test_generate" in extra:
+        e = extra["test_generate"]
+        print(
+            f"| `t2ct generate`, embedded model, 30 guided steps, all included | {e['seconds']:.1f} s, "
+            f"{megabytes(e['peak_bytes'])} | ≤ 20 s, ≤ 1500 MB |"
+        )
+    if "test_import" in extra:
+        print(f"| `import t2ct` beyond torch's own | {extra['test_import']['seconds_beyond_torch']:.3f} s | ≤ 0.2 s |")
+    networks = {row["group"]: row["extra_info"] for row in rows if "time_ratio" in row["extra_info"]}
+    if networks:
+        print("\nPublished sizes, random weights. Time: the peers take turns in one process, medians. Memory: above")
+        print("the loaded model, a process each.\n")
+        print("| network | MONAI | t2ct | time ratio | memory MONAI | memory t2ct | memory ratio | relative error |")
+        print("|---|---|---|---|---|---|---|---|")
+        for name, e in networks.items():
+            s, m, ratio = e["seconds"], e["memory"], e["time_ratio"]
+            print(
+                f"| {name} | {s['monai']:.3f} s | {s['t2ct']:.3f} s | {ratio:.2f} | {megabytes(m['monai'])} | "
+                f"{megabytes(m['t2ct'])} | {e['memory_ratio']:.2f} | {e['error']['t2ct']:.1e} |"
+            )
+    ops: dict[str, dict[str, dict]] = {}
+    for row in rows:
+        if "peer" in row["extra_info"]:
+            ops.setdefault(row["group"], {})[row["extra_info"]["peer"]] = row
+    if ops:
+        print("\nOps, medians. Roofline: share of the copy bandwidth of the same session.\n")
+        print("| op | torch | t2ct cpu | ratio | roofline | relative error |\n|---|---|---|---|---|---|")
+        for name, peers in ops.items():
+            if {"torch", "cpu"} <= peers.keys():
+                theirs, ours = peers["torch"]["stats"]["median"], peers["cpu"]["stats"]["median"]
+                info = peers["cpu"]["extra_info"]
+                print(
+                    f"| {name} | {theirs * 1e3:.2f} ms | {ours * 1e3:.2f} ms | {ours / theirs:.2f} | "
+                    f"{info['roofline']:.0%} | {info['error']:.1e} |"
+                )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
