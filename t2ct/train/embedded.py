@@ -11,8 +11,10 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -94,12 +96,24 @@ def train_clip(work: Path, data: PhantomSet, ids: torch.Tensor) -> CLIP3D:
     return clip
 
 
+def latents(path: Path, hu: np.ndarray, vae: VAE) -> tuple[torch.Tensor, torch.Tensor]:
+    """mu and sigma of every volume: encoded once, kept at `path` with the hash of the VAE that made them."""
+    maker = hashlib.sha256(save(vae.state_dict())).hexdigest()
+    if path.exists():
+        with safe_open(path, "pt") as f:
+            if f.metadata() == {"vae": maker, "count": str(len(hu))}:
+                return f.get_tensor("mu"), f.get_tensor("sigma")
+    mu, sigma = encode_volumes(vae, hu)
+    write_files({path: save({"mu": mu, "sigma": sigma}, {"vae": maker, "count": str(len(hu))})})
+    return mu, sigma
+
+
 def train_ldm(work: Path, data: PhantomSet, ids: torch.Tensor, vae: VAE, clip: CLIP3D) -> tuple[UNet, float]:
     rank, world = ranks()
     torch.manual_seed(0)
     unet = UNet(CONFIG.unet)
     freeze_dead(unet)
-    mu, sigma = encode_volumes(vae, data.hu[rank::world])
+    mu, sigma = latents(work / f"latents-{rank}-of-{world}.safetensors", data.hu[rank::world], vae)
     std = mu.float().std()
     if world > 1:
         dist.all_reduce(std)

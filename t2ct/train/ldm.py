@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from t2ct.diffusion import NUM_TRAIN_TIMESTEPS, add_noise, velocity
 from t2ct.models import VAE, UNet, hu_to_unit
@@ -14,7 +15,7 @@ TEXT_DROPPED = 0.1
 def encode_volumes(vae: VAE, hu: np.ndarray, batch: int = 8) -> tuple[Tensor, Tensor]:
     """(N, X, Y, Z) HU -> mu and sigma, (N, 4, X/4, Y/4, Z/4) float16: sampled anew at every step, so both are kept."""
     means, sigmas = [], []
-    for start in range(0, len(hu), batch):
+    for start in tqdm(range(0, len(hu), batch), desc="encoding"):
         mu, sigma = vae.encode(hu_to_unit(torch.from_numpy(hu[start : start + batch])[:, None]))
         means.append(mu.half())
         sigmas.append(sigma.half())
