@@ -126,18 +126,20 @@ def train_ldm(work: Path, data: PhantomSet, ids: torch.Tensor, vae: VAE, clip: C
 
 
 def export(output: Path, vae: VAE, clip: CLIP3D, unet: UNet, tokenizer: Tokenizer, scale: float) -> None:
-    """The folder that `T2CTPipeline.from_pretrained` reads, networks in float16, whole CLIP3D included."""
+    """The folder that `T2CTPipeline.from_pretrained` reads, networks in float16, of CLIP3D the text tower."""
 
     def half(model: nn.Module) -> bytes:
         state = model.state_dict().items()
         return save({k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in state})
 
+    text = CLIP3D(clip.config, towers=("text",))
+    text.load_state_dict({key: clip.state_dict()[key] for key in text.state_dict()})
     output.mkdir(parents=True, exist_ok=True)
     files = {
         "config.json": replace(CONFIG, scale_factor=scale).to_json().encode(),
         "tokenizer.json": tokenizer.to_json().encode(),
         "vae.safetensors": half(vae),
-        "clip.safetensors": half(clip),
+        "clip.safetensors": half(text),
         "unet.safetensors": half(unet),
     }
     write_files({output / name: content for name, content in files.items()})
