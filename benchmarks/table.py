@@ -28,7 +28,11 @@ def main(path: str) -> None:
         )
     if "test_import" in extra:
         print(f"| `import t2ct` beyond torch's own | {extra['test_import']['seconds_beyond_torch']:.3f} s | ≤ 0.2 s |")
-    networks = {row["group"]: row["extra_info"] for row in rows if "time_ratio" in row["extra_info"]}
+    networks = {
+        row["name"][len("test_network") :].strip("[]"): row["extra_info"]
+        for row in rows
+        if "time_ratio" in row["extra_info"]
+    }
     if networks:
         print("\nPublished sizes, random weights. Time: the peers take turns in one process, medians. Memory: above")
         print("the loaded model, a process each.\n")
