@@ -1,8 +1,8 @@
 """Make the model in the package from nothing: `python -m t2ct.train.embedded --work DIR --output t2ct/assets/embedded`.
 
 Phantoms, VAE, CLIP3D, latent diffusion, export: each stage is kept in --work and a second call goes on where the first
-stopped. About two hours on two cores. `torchrun --nproc-per-node 2 -m t2ct.train.embedded …` gives the diffusion one
-process a core, which is faster than one process with two threads.
+stopped. `torchrun --nproc-per-node 2 -m t2ct.train.embedded …` gives the diffusion one
+process a core instead of one process with two threads.
 """
 
 import argparse
