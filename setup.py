@@ -25,16 +25,23 @@ LINK = ["-shared", *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin
 # One unit per instruction set: only the unit that is chosen at run time may hold its instructions.
 UNITS = {
     "csrc/bind.cpp": [],
+    "csrc/cpu/conv.cpp": OPENMP,
+    "csrc/cpu/conv_portable.cpp": [],
     "csrc/cpu/norm.cpp": OPENMP,
     "csrc/cpu/norm_portable.cpp": [],
 }
+AVX2 = ["-mavx2", "-mfma"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
 if X86:
     FLAGS.append("-DT2CT_X86")
     UNITS |= {
-        "csrc/cpu/norm_avx2.cpp": ["-mavx2", "-mfma"],
-        "csrc/cpu/norm_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma",
-                                     "-mprefer-vector-width=512"],
+        "csrc/cpu/conv_avx2.cpp": AVX2,
+        "csrc/cpu/conv_avx512.cpp": AVX512,
+        "csrc/cpu/conv_avx512bf16.cpp": [*AVX512, "-mavx512bf16"],
+        "csrc/cpu/norm_avx2.cpp": AVX2,
+        "csrc/cpu/norm_avx512.cpp": AVX512,
     }
+HEADERS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cpu/*.h"))
 
 
 def find_ninja() -> str:
@@ -106,7 +113,6 @@ setup(
     packages=[*find_packages(include=["t2ct", "t2ct.*"]), "t2ct.kernels"],
     package_dir={"t2ct.kernels": "kernels"},
     package_data={"t2ct": ["assets/**/*.json", "assets/**/*.safetensors"]},
-    ext_modules=[Extension("t2ct._C", sources=list(UNITS), depends=["csrc/cpu/norm.h", "csrc/cpu/norm_kernels.h"],
-                           optional=True)],
+    ext_modules=[Extension("t2ct._C", sources=list(UNITS), depends=HEADERS, optional=True)],
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/conv.h"
 #include "cpu/norm.h"
 
 namespace py = pybind11;
@@ -70,4 +71,16 @@ PYBIND11_MODULE(_C, m) {
                                isa);
         },
         release(), "The gradients of group_norm: dx in x's dtype, dweight and dbias float32 (channels,).");
+
+  using Volume = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool>;
+  m.def("conv3d",
+        [](Volume v, address x, address w, address bias, address y, int threads, int isa) {
+          const t2ct::ConvShape shape{std::get<0>(v), std::get<1>(v), std::get<2>(v), std::get<3>(v),
+                                      std::get<4>(v), std::get<5>(v), std::get<6>(v)};
+          t2ct::conv3d(shape, at<void>(x), at<void>(w), at<float>(bias), at<void>(y), threads, isa);
+        },
+        release(),
+        "3x3x3, stride 1, padding 1, for small volumes. shape: (n, X, Y, Z, in, out, bfloat16); w (out, in, 3, 3, 3) as "
+        "torch keeps it; bias float32 or 0.");
+  m.attr("conv3d_bfloat16") = t2ct::conv_has_bfloat16();
 }

@@ -8,6 +8,7 @@ import pytest
 
 from t2ct.data.phantoms import Finding, phantom
 from t2ct.eval import listens as module
+from t2ct.eval.grid import coarsen
 from t2ct.eval.listens import PROMPT_SEED, auc, listens, main, visible
 from t2ct.eval.measure import ANATOMY, RULES, frame, measure
 from t2ct.eval.morphology import box_opening, line, opening, outside, shifted, smooth
@@ -243,8 +244,21 @@ def test_command_refuses_in_one_line(arguments, capsys):
 def test_listens_refuses_a_grid_it_cannot_measure():
     pipe = FakePipe(False)
     pipe.spacing = (0.75, 0.75, 1.5)
-    with pytest.raises(ValueError, match="spacing"):
+    with pytest.raises(ValueError, match="at least 32 x 32 x 16"):
         listens(pipe, prompts=1, phantoms=1, progress=False)
+
+
+def test_finer_volumes_are_averaged_onto_the_grid():
+    hu = np.random.default_rng(0).normal(size=(96, 96, 48)).astype(np.float32)
+    mm = (352 / 96, 352 / 96, 320 / 48)
+    coarse, spacing = coarsen(hu, mm)
+    assert coarse.shape == (64, 64, 32) and spacing == pytest.approx((5.5, 5.5, 10.0))
+    assert coarse.mean() == pytest.approx(hu.mean(), abs=1e-5)
+    first = np.array([1, 0.5]) / 1.5  # a coarse cell holds one fine cell and half of the next
+    expected = np.einsum("i,j,k,ijk", first, first, first, hu[:2, :2, :2].astype(float))
+    assert coarse[0, 0, 0] == pytest.approx(expected, abs=1e-5)
+    same, spacing = coarsen(coarse, (5.5, 5.5, 10.0))
+    assert np.array_equal(same, coarse) and spacing == (5.5, 5.5, 10.0)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from cases import CASES, norm_inputs
 
 from t2ct.ops import (
+    conv,
     explain,
     explain_rows,
     group_apply,
@@ -292,7 +293,7 @@ def test_no_silent_fallback():
 
 def test_explain_lists_every_op():
     rows = explain_rows("cpu")
-    assert [row[1] for row in rows] == list(norm.TABLES) and all(row[0] == "cpu" and row[3] for row in rows)
+    assert [row[1] for row in rows] == [*norm.TABLES, *conv.TABLES] and all(row[0] == "cpu" and row[3] for row in rows)
     with use_backend("reference"):
         assert all(row[2] == "reference" and "forced" in row[3] for row in explain_rows("cpu"))
     assert len(explain("cpu").splitlines()) == len(rows) + 1

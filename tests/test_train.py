@@ -13,7 +13,7 @@ from t2ct.models import CLIP3D, VAE, UNet
 from t2ct.train import phantom_set
 from t2ct.train.clip import clip_loss, embed_texts, info_nce
 from t2ct.train.ldm import encode_volumes, freeze_dead, ldm_loss
-from t2ct.train.loop import LoopConfig, learning_rate, run
+from t2ct.train.loop import LoopConfig, Optimisers, rate_factor, run
 from t2ct.train.vae import draw_patches, edge_loss, kl_divergence, vae_loss
 
 CONFIG = LoopConfig(steps=12, batch_size=4, learning_rate=0.05, warmup=3, ema_decay=0.9)
@@ -30,9 +30,11 @@ def linear_problem():
     return model, loss_of
 
 
-def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path, monkeypatch):
+@pytest.mark.parametrize("matrix_rate", (0.0, 0.02), ids=("adam", "muon"))
+def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path, monkeypatch, matrix_rate):
+    config = replace(CONFIG, matrix_learning_rate=matrix_rate)
     whole, loss_of = linear_problem()
-    run(whole, loss_of, CONFIG, tmp_path / "whole.safetensors", "whole")
+    run(whole, loss_of, config, tmp_path / "whole.safetensors", "whole")
     monkeypatch.setattr("t2ct.train.loop.SAVE_EVERY_SECONDS", 0.0)  # a checkpoint every step
     model, loss_of = linear_problem()
     seen = 0
@@ -45,15 +47,15 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path, monkeypatch):
         return loss_of(generator)
 
     with pytest.raises(KeyboardInterrupt):
-        run(model, killed, CONFIG, tmp_path / "stopped.safetensors", "stopped")
+        run(model, killed, config, tmp_path / "stopped.safetensors", "stopped")
     again, loss_of = linear_problem()
     with torch.no_grad():
         again.weight.zero_()  # what the checkpoint must overwrite
-    run(again, loss_of, CONFIG, tmp_path / "stopped.safetensors", "resumed")
+    run(again, loss_of, config, tmp_path / "stopped.safetensors", "resumed")
     assert torch.equal(again.weight, whole.weight)
     assert torch.equal(again.bias, whole.bias)
     finished, loss_of = linear_problem()
-    run(finished, lambda g: pytest.fail("nothing is left to do"), CONFIG, tmp_path / "whole.safetensors", "finished")
+    run(finished, lambda g: pytest.fail("nothing is left to do"), config, tmp_path / "whole.safetensors", "finished")
     assert torch.equal(finished.weight, whole.weight)
 
 
@@ -70,12 +72,28 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         run(model, lambda g: (model.weight.sum() * float("nan"), {}), CONFIG, tmp_path / "c.safetensors", "bad")
 
 
-def test_learning_rate():
+def test_rates_warm_up_and_fall():
     c = LoopConfig(steps=110, batch_size=1, learning_rate=2.0, warmup=10)
-    assert learning_rate(0, c) == pytest.approx(0.2)
-    assert learning_rate(9, c) == pytest.approx(2.0)
-    assert learning_rate(60, c) == pytest.approx(1.0)  # half the cosine
-    assert learning_rate(110, c) == pytest.approx(0.0, abs=1e-12)
+    assert rate_factor(0, c) == pytest.approx(0.1)
+    assert rate_factor(9, c) == pytest.approx(1.0)
+    assert rate_factor(60, c) == pytest.approx(0.5)  # half the cosine
+    assert rate_factor(110, c) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_matrices_go_to_muon_and_the_rest_to_adam():
+    model = nn.Sequential(nn.Conv3d(2, 4, 3), nn.Linear(4, 4), nn.Embedding(3, 4), nn.GroupNorm(2, 4))
+    live = dict(model.named_parameters())
+    config = LoopConfig(steps=1, batch_size=1, learning_rate=0.0, matrix_learning_rate=0.1)
+    optimisers = Optimisers(model, live, config)
+    assert set(optimisers.matrices) == {"0.weight", "1.weight"}
+    before = {k: p.detach().clone() for k, p in live.items()}
+    for p in live.values():
+        p.grad = torch.randn_like(p)
+    optimisers.step(0.5)
+    assert {k for k, p in live.items() if not torch.equal(p, before[k])} == {"0.weight", "1.weight"}
+    # An orthogonalised step: every singular value is about the rate (Newton-Schulz leaves them between 0.7 and 1.2).
+    moved = (before["0.weight"] - live["0.weight"]).detach().view(4, -1)
+    assert torch.linalg.svdvals(moved) == pytest.approx(np.full(4, 0.05), rel=0.4)
 
 
 def test_losses_are_their_formulas():

@@ -52,11 +52,11 @@ class ResBlock(nn.Module):
         h = self.norm1(x)
         if self.resample == "down":
             x, h = average_pool(x), average_pool(h)
-        elif self.resample == "up":
-            x, h = upsample_nearest(x), upsample_nearest(h)
-        h = self.conv1(h)
+        h = self.conv1.of_doubled(h) if self.resample == "up" else self.conv1(h)
         h += self.time_emb_proj(emb)[:, :, None, None, None]  # in place: no gradient needs a convolution's output
         h = self.conv2(self.norm2(h))
+        if self.resample == "up":
+            x = upsample_nearest(x)
         h += self.skip_connection(x)
         return h
 

@@ -1,8 +1,9 @@
 """The only door to the kernels: each op checks its input, picks a backend and carries its gradient."""
 
+from t2ct.ops.conv import conv3d, upsample_conv3d
 from t2ct.ops.dispatch import use_backend
 from t2ct.ops.explain import explain, explain_rows
 from t2ct.ops.norm import group_apply, group_norm, group_norm_silu, group_stats, merge_stats
 
-__all__ = ["explain", "explain_rows", "group_apply", "group_norm", "group_norm_silu", "group_stats", "merge_stats",
-           "use_backend"]
+__all__ = ["conv3d", "explain", "explain_rows", "group_apply", "group_norm", "group_norm_silu", "group_stats",
+           "merge_stats", "upsample_conv3d", "use_backend"]

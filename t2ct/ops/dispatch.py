@@ -37,6 +37,15 @@ def is_channels_last(x: Tensor) -> bool:
     return x.movedim(1, -1).is_contiguous()
 
 
+def watched(x: Tensor) -> bool:
+    """True where something must see an operator (compilation, tracing, meta tensors, dispatch modes, torch.func).
+    Elsewhere the kernel is called directly: a network makes a hundred calls a pass, and the custom op's machinery
+    costs ~40 us each, ~200 us with its gradient."""
+    return (torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)
+            or x.device.type not in ("cpu", "cuda") or torch._C._len_torch_dispatch_stack() > 0
+            or torch._C._functorch.maybe_current_level() is not None)
+
+
 @cache
 def why_not(backend: str, device: str, dtype: torch.dtype, channels_last: bool = True) -> str | None:
     """The reason `backend` cannot run on such tensors, or None. Tests skip with this string, users read it."""
@@ -75,6 +84,11 @@ def _known(name: str | None) -> str | None:
 
 
 _forced = _known(os.environ.get("T2CT_BACKEND") or None)
+
+
+def forced() -> str | None:
+    """The backend that `use_backend` or T2CT_BACKEND asks for."""
+    return _forced
 
 
 @contextmanager

@@ -2,24 +2,26 @@
 
 import torch
 
-from t2ct.ops import norm, norm_cpu
+from t2ct.ops import conv, norm, norm_cpu
 from t2ct.ops.dispatch import candidates, native, why_not
+
+TABLES = {**norm.TABLES, **conv.TABLES}
 
 
 def explain_rows(device: str | torch.device | None = None) -> list[tuple[str, str, str, str]]:
     """(device, op, backend, reason) for every op on `device`, or on every device of this machine; for float32 tensors
     in channels-last memory. The backend is "none" where a forced one cannot run."""
     devices = [torch.device(device).type] if device else ["cpu"] + ["cuda"] * torch.cuda.is_available()
-    return [(kind, op, *_why(table, kind)) for kind in devices for op, table in norm.TABLES.items()]
+    return [(kind, op, *_why(op, table, kind)) for kind in devices for op, table in TABLES.items()]
 
 
-def _why(table, device):
+def _why(op, table, device):
     tried = candidates(table)
     refused = [] if tried == tuple(table) else [f"{tried[0]} is forced"]
     for backend in tried:
         reason = why_not(backend, device, torch.float32)
         if reason is None:
-            return backend, "; ".join(refused) or _what(backend)
+            return backend, "; ".join(refused) or _what(backend) + conv.LIMITS.get((op, backend), "")
         refused.append(f"{backend}: {reason}")
     return "none", "; ".join(refused)
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from t2ct.ops import norm_cpu
-from t2ct.ops.dispatch import choose, is_channels_last
+from t2ct.ops.dispatch import choose, is_channels_last, watched
 
 
 def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -100,7 +100,7 @@ _forward.register_autograd(_gradient, setup_context=_save)
 
 
 class _Eager(torch.autograd.Function):
-    """The custom op's forward and gradient without its machinery, for eager mode: see `_watched`."""
+    """The custom op's forward and gradient without its machinery, for eager mode: see `watched`."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, groups, eps, silu):
@@ -116,15 +116,6 @@ class _Eager(torch.autograd.Function):
         x = ctx.saved_tensors[0]
         kernel = choose("group_norm_backward", BACKWARD, x)[1]
         return *kernel(dy, *ctx.saved_tensors, *ctx.constants), None, None, None
-
-
-def _watched(x: Tensor) -> bool:
-    """True where something must see an operator (compilation, tracing, meta tensors, dispatch modes, torch.func).
-    Elsewhere the kernel is called directly: a network makes a hundred calls a pass, and the custom op's machinery
-    costs ~40 us each, ~200 us with its gradient."""
-    return (torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)
-            or x.device.type not in ("cpu", "cuda") or torch._C._len_torch_dispatch_stack() > 0
-            or torch._C._functorch.maybe_current_level() is not None)
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -149,7 +140,7 @@ def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Non
 
 def _group_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
     _check(op, x, weight, bias, groups)
-    if _watched(x):
+    if watched(x):
         return _forward(x, weight, bias, groups, eps, silu)[0]
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
         return _Eager.apply(x, weight, bias, groups, eps, silu)

@@ -29,16 +29,16 @@ from t2ct.train.loop import LoopConfig, ranks, run
 from t2ct.train.phantom_set import PhantomSet, phantom_set
 from t2ct.train.vae import vae_loss
 
-PHANTOMS = 4000
+PHANTOMS = 6000
 CONFIG = PipelineConfig(
     name="embedded",
-    size=(64, 64, 32),
-    spacing=(5.5, 5.5, 10.0),
+    size=(96, 96, 48),
+    spacing=(352 / 96, 352 / 96, 320 / 48),
     schedule="exact",
-    base_voxels=16 * 16 * 8,  # its own latent size: no timestep shift where it was trained
-    vae=VAEConfig(channels=(16, 32, 96), norm_groups=8, num_res_blocks=1),
+    base_voxels=24 * 24 * 12,  # its own latent size: no timestep shift where it was trained
+    vae=VAEConfig(channels=(16, 32, 96), norm_groups=4, num_res_blocks=1),
     unet=UNetConfig(
-        channels=(32, 64, 128),
+        channels=(48, 80, 96),
         attention_levels=(False, True, True),
         head_dim=16,
         cross_attention_dim=256,
@@ -50,29 +50,41 @@ CONFIG = PipelineConfig(
         text=TextConfig(vocab_size=1024, width=160, layers=4, heads=5, mlp_width=640, max_length=192),
         vision=VisionConfig(
             dim=96,
-            image_size=64,
-            patch_size=8,
-            temporal_patch_size=8,
+            image_size=96,
+            patch_size=12,
+            temporal_patch_size=12,
             spatial_layers=2,
             temporal_layers=2,
             heads=4,
             head_dim=24,
             codebook_size=512,
-            depth=32,
+            depth=48,
         ),
         embed_dim=256,
     ),
 )
-VAE_LOOP = LoopConfig(steps=2050, batch_size=1, learning_rate=2e-3, warmup=50, ema_decay=0.99)
-VAE_PATCH = (64, 64, 16)  # whole cross-sections: GroupNorm then sees air, body and lung in the shares of a volume
-CLIP_LOOP = LoopConfig(steps=500, batch_size=32, learning_rate=5e-4, warmup=70, weight_decay=1e-4)
-LDM_LOOP = LoopConfig(steps=2200, batch_size=6, learning_rate=1e-3, warmup=100, ema_decay=0.997)  # batch a process
+# Slabs of whole cross-sections first, then whole volumes, whose statistics GroupNorm will see in use.
+VAE_SLAB = (96, 96, 24)
+VAE_SLAB_LOOP = LoopConfig(
+    steps=1900, batch_size=1, learning_rate=5e-4, matrix_learning_rate=0.006, warmup=30, ema_decay=0.99
+)
+VAE_LOOP = LoopConfig(
+    steps=750, batch_size=1, learning_rate=3e-4, matrix_learning_rate=0.004, warmup=20, ema_decay=0.99
+)
+CLIP_LOOP = LoopConfig(steps=1100, batch_size=64, learning_rate=5e-4, warmup=70, weight_decay=1e-4)
+LDM_LOOP = LoopConfig(  # batch of each process
+    steps=4500, batch_size=4, learning_rate=1e-3, matrix_learning_rate=0.008, warmup=100, ema_decay=0.998
+)
 
 
 def train_vae(work: Path, data: PhantomSet) -> VAE:
     torch.manual_seed(0)
     vae = VAE(CONFIG.vae)
-    run(vae, vae_loss(vae, data.hu, VAE_LOOP.batch_size, VAE_PATCH), VAE_LOOP, work / "vae.safetensors", "VAE")
+    torch.nn.init.constant_(vae.quant_conv_log_sigma.conv.bias, -4.0)  # type: ignore[arg-type]  # little noise at first
+    slab = vae_loss(vae, data.hu, VAE_SLAB_LOOP.batch_size, VAE_SLAB)
+    run(vae, slab, VAE_SLAB_LOOP, work / "vae-slab.safetensors", "VAE, slabs")
+    whole = vae_loss(vae, data.hu, VAE_LOOP.batch_size, CONFIG.size)
+    run(vae, whole, VAE_LOOP, work / "vae.safetensors", "VAE, volumes")
     return vae
 
 

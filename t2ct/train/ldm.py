@@ -7,16 +7,18 @@ from tqdm import tqdm
 
 from t2ct.diffusion import NUM_TRAIN_TIMESTEPS, add_noise, velocity
 from t2ct.models import VAE, UNet, hu_to_unit
+from t2ct.train.loop import has_bfloat16
 
 TEXT_DROPPED = 0.1
 
 
 @torch.inference_mode()
-def encode_volumes(vae: VAE, hu: np.ndarray, batch: int = 8) -> tuple[Tensor, Tensor]:
+def encode_volumes(vae: VAE, hu: np.ndarray, batch: int = 2) -> tuple[Tensor, Tensor]:
     """(N, X, Y, Z) HU -> mu and sigma, (N, 4, X/4, Y/4, Z/4) float16: sampled anew at every step, so both are kept."""
     means, sigmas = [], []
     for start in tqdm(range(0, len(hu), batch), desc="encoding"):
-        mu, sigma = vae.encode(hu_to_unit(torch.from_numpy(hu[start : start + batch])[:, None]))
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16()):
+            mu, sigma = vae.encode(hu_to_unit(torch.from_numpy(hu[start : start + batch])[:, None]))
         means.append(mu.half())
         sigmas.append(sigma.half())
     return torch.cat(means).contiguous(), torch.cat(sigmas).contiguous()
@@ -56,6 +58,6 @@ def ldm_loss(
         context = embeds[index, wording][:, None]
         context = context * (torch.rand(batch, generator=generator) >= TEXT_DROPPED)[:, None, None]
         v = model(add_noise(x0, noise, t), t * NUM_TRAIN_TIMESTEPS, context, ct, spaced)
-        return (v - velocity(x0, noise)).abs().mean(), {}
+        return (v.float() - velocity(x0, noise)).abs().mean(), {}
 
     return loss_of

@@ -1,0 +1,6 @@
+#define T2CT_WIDTH 16
+#include "conv_kernels.h"
+
+namespace t2ct {
+const ConvKernel conv_avx512 = {"avx512", V * W, multiply};
+}  // namespace t2ct

@@ -1,0 +1,6 @@
+#define T2CT_WIDTH 4
+#include "conv_kernels.h"
+
+namespace t2ct {
+const ConvKernel conv_portable = {"portable", V * W, multiply};
+}  // namespace t2ct

@@ -1,0 +1,150 @@
+"""conv3d and upsample_conv3d: values, gradients, which form runs when."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from t2ct.ops import conv, conv3d, conv_cpu, norm_cpu, upsample_conv3d, use_backend
+from t2ct.ops.dispatch import native
+
+DTYPES = (torch.float32, torch.bfloat16)
+# (N, C, X, Y, Z), outputs: panels that are full and not, rows in eights and not, one voxel, odd sizes, two samples
+SHAPES = (((1, 16, 4, 4, 2), 24), ((2, 34, 3, 5, 2), 13), ((1, 6, 1, 1, 1), 7), ((3, 48, 4, 3, 5), 16), 
+          ((1, 2, 1, 7, 1), 1))
+
+
+def make(shape, outputs, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last_3d)
+    return x, torch.randn(outputs, shape[1], 3, 3, 3).to(dtype), torch.randn(outputs).to(dtype)
+
+
+def error(y, exact):
+    return ((y.double() - exact).norm() / exact.norm()).item()
+
+
+def doubled(x, w, b):
+    return F.conv3d(F.interpolate(x, scale_factor=2.0, mode="nearest"), w, b, padding=1)
+
+
+@pytest.fixture(params=("avx512", "avx2", "portable"))
+def isa(request, monkeypatch):
+    if native() is None:
+        pytest.skip("t2ct._C was not built")
+    if request.param not in native().isas():
+        pytest.skip(f"this machine has no {request.param}")
+    monkeypatch.setattr(norm_cpu, "ISA", native().isas().index(request.param))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape,outputs", SHAPES, ids=str)
+def test_compiled_kernel_matches_float64(isa, shape, outputs, dtype):
+    x, w, b = make(shape, outputs, dtype)
+    if not conv_cpu.takes(x):
+        pytest.skip(f"the compiled kernel does not take {dtype} here")
+    for bias in (b, None):
+        exact = F.conv3d(x.double(), w.double(), None if bias is None else bias.double(), padding=1)
+        bound = 2 * error(F.conv3d(x, w, bias, padding=1), exact) + 4 * torch.finfo(dtype).eps
+        with torch.no_grad(), use_backend("cpu"):
+            y = conv3d(x, w, bias)
+        assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last_3d)
+        assert error(y, exact) <= bound
+
+
+def test_the_compiled_kernel_runs_where_it_should(monkeypatch):
+    if native() is None:
+        pytest.skip("t2ct._C was not built")
+    ran = []
+    monkeypatch.setitem(conv.CONV, "cpu", lambda *args: ran.append(1) or conv_cpu.conv3d(*args))
+    x, w, b = make((1, 128, 4, 4, 2), 128, torch.float32)
+    y = conv3d(x, w.requires_grad_(), b)
+    assert not ran and y.requires_grad  # gradients are torch's
+    with torch.no_grad():
+        assert error(conv3d(x, w, b), y.double()) <= 1e-5 and len(ran) == 1
+        conv3d(x, w[:16], b[:16])  # few weights
+        conv3d(x.contiguous(), w, b)  # another memory format
+        conv3d(x, w, b, stride=2)
+        conv3d(x, w[:, :, :1, :1, :1].contiguous(), b, padding=0)
+        conv3d(x.expand(17, -1, -1, -1, -1).contiguous(memory_format=torch.channels_last_3d), w, b)  # many voxels
+        with torch.autocast("cpu", torch.bfloat16):
+            assert conv3d(x, w, b).dtype == torch.bfloat16
+        with use_backend("reference"):
+            conv3d(x, w, b)
+    assert len(ran) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bits_on_any_number_of_threads(dtype):
+    x, w, b = make((1, 64, 5, 4, 3), 40, dtype)
+    if not conv_cpu.takes(x):
+        pytest.skip(f"the compiled kernel does not take {dtype} here")
+    before, results = torch.get_num_threads(), []
+    try:
+        with torch.no_grad(), use_backend("cpu"):
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                results.append(conv3d(x, w, b))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], r) for r in results[1:])
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, *DTYPES), ids=str)
+@pytest.mark.parametrize("memory_format", (torch.channels_last_3d, torch.contiguous_format), ids=str)
+@pytest.mark.parametrize("size", ((2, 3, 2), (1, 1, 5), (4, 4, 4)), ids=str)
+def test_folded_upsampling_matches_float64(size, memory_format, dtype):
+    x, w, b = make((2, 6, *size), 5, dtype)
+    x = x.contiguous(memory_format=memory_format)
+    exact = doubled(x.double(), w.double(), b.double())
+    bound = 2 * error(doubled(x, w, b), exact) + 4 * torch.finfo(dtype).eps
+    y = conv._folded(x, w, b)
+    assert y.is_contiguous(memory_format=memory_format) and y.dtype == dtype
+    assert error(y, exact) <= bound
+    assert error(conv._folded(x, w, None), doubled(x.double(), w.double(), None)) <= bound + 4 * torch.finfo(dtype).eps
+
+
+def test_folding_is_for_inference():
+    """Either form, the same values; gradients through the plain one equal those of the definition."""
+    x, w, b = make((1, 8, 8, 8, 8), 8, torch.float64)
+    with torch.no_grad():
+        folded = upsample_conv3d(x, w, b)
+        with use_backend("reference"):
+            plain = upsample_conv3d(x, w, b)
+    assert error(folded, plain) <= 1e-14
+    leaves = [t.requires_grad_() for t in (x, w, b)]
+    mine = torch.autograd.grad(upsample_conv3d(*leaves).square().sum(), leaves)
+    theirs = torch.autograd.grad(doubled(*leaves).square().sum(), leaves)
+    assert all(error(a, c) <= 1e-13 for a, c in zip(mine, theirs, strict=True))
+
+
+@pytest.mark.parametrize("op", (conv3d, upsample_conv3d))
+def test_traced(op):
+    x, w, b = make((1, 8, 4, 4, 4), 8, torch.float32)
+    with torch.no_grad():
+        y = op(x, w, b)
+        compiled = torch.compile(op, fullgraph=True, backend="aot_eager")(x, w, b)
+    assert error(compiled, y.double()) <= 1e-6
+    assert op(*(t.to("meta") for t in (x, w, b))).shape == y.shape
+
+
+@pytest.mark.parametrize("op", (conv3d, upsample_conv3d))
+def test_bad_input(op):
+    x, w, b = make((1, 6, 2, 2, 2), 4, torch.float32)
+    for bad in (x[0], x[:0], x.long()):
+        with pytest.raises(ValueError, match=rf"{op.__name__}: x must be non-empty, floating .*, got"):
+            op(bad, w, b)
+    with pytest.raises(ValueError, match=r"weight must be \(O, 6, K, K, K\), got \(4, 3, 3, 3, 3\)"):
+        op(x, w[:, :3], b)
+    with pytest.raises(ValueError, match=r"bias must be \(4,\), got \(3,\)"):
+        op(x, w, b[:3])
+    with pytest.raises(ValueError, match=r"weight must be \(O, C, 3, 3, 3\), got \(4, 6, 1, 1, 1\)"):
+        upsample_conv3d(x, w[..., :1, :1, :1], b)
+
+
+def test_no_silent_fallback():
+    x, w, b = make((1, 6, 2, 2, 2), 4, torch.float64)
+    with torch.no_grad(), use_backend("cpu"), pytest.raises(RuntimeError, match="conv3d: backend 'cpu' cannot run: "):
+        conv3d(x, w, b)
+    if native() is not None and not conv_cpu.takes(x[:, :5].bfloat16()):
+        with torch.no_grad(), use_backend("cpu"), pytest.raises(RuntimeError, match="even number of channels"):
+            conv_cpu.conv3d(x[:, :5].bfloat16(), w[:, :5].bfloat16(), None)
