@@ -173,7 +173,8 @@ def test_every_network_learns_a_little(drawn, tmp_path):
                 return sum(loss_of(torch.Generator().manual_seed(1000 + i))[0].item() for i in range(8)) / 8
 
         before = mean_loss()
-        config = LoopConfig(steps=steps, batch_size=4, learning_rate=2e-3, warmup=5)
+        # oneDNN's bfloat16 weight gradient of a volume of one voxel, at the bottom of this UNet, may hold NaN.
+        config = LoopConfig(steps=steps, batch_size=4, learning_rate=2e-3, warmup=5, autocast=name != "unet")
         run(model, loss_of, config, tmp_path / f"{name}.safetensors", name)
         assert mean_loss() < before, name
     assert torch.equal(unet.state_dict()["middle_block.attention.transformer_blocks.0.attn2.to_q.weight"], query)
