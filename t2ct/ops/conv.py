@@ -16,8 +16,8 @@ from t2ct.ops.dispatch import choose, forced, is_channels_last, watched
 # csrc reads a convolution's weights once where oneDNN, which reorders them, moves them three times; that pays where
 # there are many weights and few voxels (benchmarks/bench_conv.py).
 SMALL_VOXELS, MANY_WEIGHTS = 512, 400_000
-# Folding sums the 27 taps into 64 weights and sends them through oneDNN at twice the weights of the plain form.
-FOLD_VOXELS = 512
+# Folding makes 64 weights of 27, each time anew: not worth it for few voxels.
+FOLD_VOXELS = 1024
 
 
 def _reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -69,7 +69,7 @@ VAE_SLAB_LOOP = LoopConfig(
     steps=1900, batch_size=1, learning_rate=5e-4, matrix_learning_rate=0.006, warmup=30, ema_decay=0.99
 )
 VAE_LOOP = LoopConfig(
-    steps=750, batch_size=1, learning_rate=3e-4, matrix_learning_rate=0.004, warmup=20, ema_decay=0.99
+    steps=500, batch_size=1, learning_rate=3e-4, matrix_learning_rate=0.004, warmup=20, ema_decay=0.99
 )
 CLIP_LOOP = LoopConfig(steps=1100, batch_size=64, learning_rate=5e-4, warmup=70, weight_decay=1e-4)
 LDM_LOOP = LoopConfig(  # batch of each process

@@ -9,8 +9,8 @@ from torch import Tensor
 from t2ct.models import VAE, hu_to_unit
 from t2ct.models.layers import channels_last
 
-# Of the KL summed over a patch's latents; at the published 1e-7 half the channels of a VAE this small collapse.
-KL_WEIGHT = 1e-8
+# Of the KL a voxel; at ten times this half the channels of a VAE this small collapse.
+KL_WEIGHT = 1.5e-3
 EDGE_WEIGHT = 1.0
 OFFSET_WEIGHT = 0.2
 SQUARE_WEIGHT = 5.0  # small bright things (calcifications, nodules) are few voxels: L1 alone, a median, drops them
@@ -58,7 +58,7 @@ def vae_loss(model: VAE, hu: np.ndarray, batch: int, patch: tuple[int, int, int]
         # way, now that, and drown what is to be learnt.
         offset = (y - x).mean()
         y = y - offset
-        l1, kl = (x - y).abs().mean(), kl_divergence(mu, sigma)
+        l1, kl = (x - y).abs().mean(), kl_divergence(mu, sigma) / x[0].numel()
         loss = l1 + EDGE_WEIGHT * edge_loss(x, y) + SQUARE_WEIGHT * (x - y).square().mean()
         loss = loss + WINDOW_WEIGHT * window_loss(x, y) + OFFSET_WEIGHT * offset.abs() + KL_WEIGHT * kl
         shown = {"l1_hu": l1.item(), "offset_hu": offset.item()}

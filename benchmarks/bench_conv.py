@@ -1,0 +1,66 @@
+"""3x3x3 convolutions of a UNet's deep levels, and nearest doubling followed by one: torch against the forms of t2ct.ops.
+
+Work model: weights read once, x read and y written once; 2 * 27 operations a weight and voxel, whatever a form saves.
+"""
+
+import functools
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from t2ct.ops import conv3d, conv_cpu, upsample_conv3d, use_backend
+
+# (C, X, Y, Z), outputs: levels 3 and 2 of the published UNet at 32 x 32 x 16 latents; what it doubles there
+CONVS = (((512, 4, 4, 2), 512), ((1024, 4, 4, 2), 512), ((256, 8, 8, 4), 256), ((768, 8, 8, 4), 256))
+DOUBLED = (((128, 16, 16, 8), 128), ((256, 8, 8, 4), 256), ((128, 32, 32, 16), 128))
+DTYPES = (torch.float32, torch.bfloat16)
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+def doubled(x, w, b):
+    return F.conv3d(F.interpolate(x, scale_factor=2.0, mode="nearest"), w, b, padding=1)
+
+
+def forced(backend, op):
+    def call(*args):
+        with use_backend(backend):
+            return op(*args)
+
+    return call
+
+
+FORMS = {
+    "conv3d": {"torch": lambda x, w, b: F.conv3d(x, w, b, padding=1), "t2ct": forced("cpu", conv3d)},
+    "upsample_conv3d": {"torch": doubled, "t2ct": upsample_conv3d},
+}
+CASES = [("conv3d", *c) for c in CONVS] + [("upsample_conv3d", *c) for c in DOUBLED]
+
+
+@functools.lru_cache(maxsize=1)
+def inputs(op, shape, outputs, dtype, device):
+    torch.manual_seed(0)
+    c, *size = shape
+    x = torch.randn(1, c, *size, device=device).to(dtype).contiguous(memory_format=torch.channels_last_3d)
+    w = (torch.randn(outputs, c, 3, 3, 3, device=device) / (27 * c) ** 0.5).to(dtype)
+    b = torch.randn(outputs, device=device).to(dtype)
+    y = FORMS[op]["torch"](x.double(), w.double(), b.double())
+    copies = max(1, int(80e6 / w.nbytes))  # a network never finds the weights in the cache that its last pass left
+    return x, [w.clone() for _ in range(copies)], b, y
+
+
+@pytest.mark.parametrize("form", ("torch", "t2ct"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("op,shape,outputs", CASES, ids=str)
+def test_conv(form, op, shape, outputs, dtype, device, measure, benchmark):
+    x, weights, b, y = inputs(op, shape, outputs, dtype, device)
+    if form == "t2ct" and op == "conv3d" and not conv_cpu.takes(x):
+        pytest.skip("the compiled kernel does not take this here")
+    benchmark.group = f"{op} {shape} -> {outputs} {str(dtype).removeprefix('torch.')}"
+    benchmark.extra_info["peer"] = form
+    turn = itertools.cycle(weights)
+    nbytes = x.nbytes + weights[0].nbytes + y.numel() * x.element_size()
+    flops = 2 * weights[0][0].numel() * y.numel()
+    with torch.no_grad():
+        measure(lambda: (FORMS[op][form](x, next(turn), b),), (y,), nbytes, flops, TOLERANCE[dtype])
