@@ -1,4 +1,4 @@
-"""3x3x3 convolutions of a UNet's deep levels, and nearest doubling followed by one: torch against the forms of t2ct.ops.
+"""3x3x3 convolutions of a UNet's deep levels, and nearest doubling followed by one: torch against t2ct.ops.
 
 Work model: weights read once, x read and y written once; 2 * 27 operations a weight and voxel, whatever a form saves.
 """
@@ -32,8 +32,8 @@ def forced(backend, op):
 
 
 FORMS = {
-    "conv3d": {"torch": lambda x, w, b: F.conv3d(x, w, b, padding=1), "t2ct": forced("cpu", conv3d)},
-    "upsample_conv3d": {"torch": doubled, "t2ct": upsample_conv3d},
+    "conv3d": {"torch": lambda x, w, b: F.conv3d(x, w, b, padding=1), "cpu": forced("cpu", conv3d)},
+    "upsample_conv3d": {"torch": doubled, "cpu": upsample_conv3d},
 }
 CASES = [("conv3d", *c) for c in CONVS] + [("upsample_conv3d", *c) for c in DOUBLED]
 
@@ -50,12 +50,12 @@ def inputs(op, shape, outputs, dtype, device):
     return x, [w.clone() for _ in range(copies)], b, y
 
 
-@pytest.mark.parametrize("form", ("torch", "t2ct"))
+@pytest.mark.parametrize("form", ("torch", "cpu"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("op,shape,outputs", CASES, ids=str)
 def test_conv(form, op, shape, outputs, dtype, device, measure, benchmark):
     x, weights, b, y = inputs(op, shape, outputs, dtype, device)
-    if form == "t2ct" and op == "conv3d" and not conv_cpu.takes(x):
+    if form == "cpu" and op == "conv3d" and conv_cpu.refusal(x):
         pytest.skip("the compiled kernel does not take this here")
     benchmark.group = f"{op} {shape} -> {outputs} {str(dtype).removeprefix('torch.')}"
     benchmark.extra_info["peer"] = form

@@ -49,8 +49,8 @@ def main(path: str) -> None:
         if "peer" in row["extra_info"]:
             ops.setdefault(row["group"], {})[row["extra_info"]["peer"]] = row
     if ops:
-        print("\nOps, medians. Roofline: share of the copy bandwidth of the same session.\n")
-        print("| op | torch | t2ct cpu | ratio | roofline | relative error |\n|---|---|---|---|---|---|")
+        print("\nOps, medians. Roofline: share of what copy bandwidth and matrix rate of the same session allow.\n")
+        print("| op | torch | t2ct | ratio | roofline | relative error |\n|---|---|---|---|---|---|")
         for name, peers in ops.items():
             if {"torch", "cpu"} <= peers.keys():
                 theirs, ours = peers["torch"]["stats"]["median"], peers["cpu"]["stats"]["median"]

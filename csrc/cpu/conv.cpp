@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -70,7 +71,7 @@ void run(const ConvShape& s, const ConvKernel& kernel, const T* x, const T* w, c
           T* panel = columns.data() + p * block * TAPS * P;
           for (int64_t v = 0; v < P; ++v) {
             const int32_t source = from[(p * P + v) * TAPS + t];
-            const T* values = x + source * s.in + first;
+            const T* values = x + (source < 0 ? 0 : source) * s.in + first;
             for (int64_t c = 0; c < channels; ++c) {
               const int64_t k = c * TAPS + t;
               panel[(k / pair * P + v) * pair + k % pair] = source < 0 ? T{0} : values[c];
@@ -103,13 +104,16 @@ void run(const ConvShape& s, const ConvKernel& kernel, const T* x, const T* w, c
 bool conv_has_bfloat16() {
 #ifdef T2CT_X86
   __builtin_cpu_init();
-  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512f");
+  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512f") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #else
   return false;
 #endif
 }
 
 void conv3d(const ConvShape& s, const void* x, const void* w, const float* bias, void* y, int threads, int isa) {
+  if (s.bfloat16 && (!conv_has_bfloat16() || s.in % 2))
+    throw std::invalid_argument("conv3d: bfloat16 wants AVX512-BF16 and an even number of channels");
   const ConvKernel& kernel = find_kernel(s, isa);
   threads = std::max(threads, 1);
   if (s.bfloat16)

@@ -12,7 +12,7 @@ template <int R>
 void rows_of(const uint16_t* w, int64_t stride, const uint16_t* columns, int64_t depth, float* sums) {
   __m512 s[R][V];
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) s[r][v] = _mm512_loadu_ps(sums + (r * V + v) * W);
+    for (int v = 0; v < V; ++v) s[r][v] = _mm512_setzero_ps();  // a block of channels is one chain: sums of sums round less
   for (int64_t k = 0; k < depth; ++k, columns += 2 * V * W) {
     __m512bh c[V];
     for (int v = 0; v < V; ++v) c[v] = (__m512bh)_mm512_loadu_si512(columns + 2 * v * W);
@@ -24,7 +24,10 @@ void rows_of(const uint16_t* w, int64_t stride, const uint16_t* columns, int64_t
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) _mm512_storeu_ps(sums + (r * V + v) * W, s[r][v]);
+    for (int v = 0; v < V; ++v) {
+      float* sum = sums + (r * V + v) * W;
+      _mm512_storeu_ps(sum, _mm512_add_ps(_mm512_loadu_ps(sum), s[r][v]));
+    };
 }
 
 void multiply(const void* w, int64_t stride, int64_t rows, const void* columns, int64_t depth, float* sums) {

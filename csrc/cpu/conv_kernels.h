@@ -6,7 +6,7 @@ namespace t2ct {
 namespace {
 
 constexpr int W = T2CT_WIDTH;
-constexpr int V = 2;  // vectors of a panel: ROWS * V sums stay in registers
+constexpr int V = 2;  // vectors of a panel; with AVX-512 all ROWS * V sums stay in registers
 typedef float vf __attribute__((vector_size(4 * W)));
 typedef float vf_any __attribute__((vector_size(4 * W), aligned(4), may_alias));
 
@@ -17,7 +17,7 @@ template <int R>
 void rows_of(const float* w, int64_t stride, const float* columns, int64_t depth, float* sums) {
   vf s[R][V];
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) s[r][v] = load(sums + (r * V + v) * W);
+    for (int v = 0; v < V; ++v) s[r][v] = vf{};  // a block of channels is one chain: sums of sums round less
   for (int64_t k = 0; k < depth; ++k, columns += V * W) {
     vf c[V];
     for (int v = 0; v < V; ++v) c[v] = load(columns + v * W);
@@ -25,7 +25,7 @@ void rows_of(const float* w, int64_t stride, const float* columns, int64_t depth
       for (int v = 0; v < V; ++v) s[r][v] += w[r * stride + k] * c[v];
   }
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) store(sums + (r * V + v) * W, s[r][v]);
+    for (int v = 0; v < V; ++v) store(sums + (r * V + v) * W, load(sums + (r * V + v) * W) + s[r][v]);
 }
 
 void multiply(const void* w, int64_t stride, int64_t rows, const void* columns, int64_t depth, float* sums) {

@@ -7,8 +7,18 @@ from torch import Tensor, nn
 from t2ct import ops
 
 
+class Conv3d(nn.Conv3d):
+    """nn.Conv3d through t2ct.ops; with doubled=True of x doubled along each axis by nearest neighbour."""
+
+    def forward(self, x: Tensor, doubled: bool = False) -> Tensor:
+        # torch leaves channels-last for a one-channel input and for small volumes on a CPU; elsewhere this is no work
+        if doubled:
+            return channels_last(ops.upsample_conv3d(x, self.weight, self.bias))
+        return channels_last(ops.conv3d(x, self.weight, self.bias, self.stride[0], self.padding[0]))  # type: ignore[arg-type]
+
+
 class Conv(nn.Module):
-    """nn.Conv3d under the extra name level ("….conv.weight") that the published checkpoints have.
+    """A convolution under the extra name level ("….conv.weight") that the published checkpoints have.
 
     in: (B, in_channels, X, Y, Z), out: (B, out_channels, X', Y', Z'), channels-last in memory.
     """
@@ -18,16 +28,10 @@ class Conv(nn.Module):
     ):
         super().__init__()
         padding = kernel // 2 if padding is None else padding
-        self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride, padding)
+        self.conv = Conv3d(in_channels, out_channels, kernel, stride, padding)
 
-    def forward(self, x: Tensor) -> Tensor:
-        c = self.conv
-        # torch leaves channels-last for a one-channel input and for small volumes on a CPU; elsewhere this is no work
-        return channels_last(ops.conv3d(x, c.weight, c.bias, c.stride[0], c.padding[0]))  # type: ignore[arg-type]
-
-    def of_doubled(self, x: Tensor) -> Tensor:
-        """The convolution of x doubled along each axis by nearest neighbour: (B, C, X, Y, Z) -> (B, C', 2X, 2Y, 2Z)."""
-        return channels_last(ops.upsample_conv3d(x, self.conv.weight, self.conv.bias))
+    def forward(self, x: Tensor, doubled: bool = False) -> Tensor:
+        return self.conv(x, doubled)
 
 
 class GroupNorm(nn.GroupNorm):

@@ -52,7 +52,7 @@ class ResBlock(nn.Module):
         h = self.norm1(x)
         if self.resample == "down":
             x, h = average_pool(x), average_pool(h)
-        h = self.conv1.of_doubled(h) if self.resample == "up" else self.conv1(h)
+        h = self.conv1(h, doubled=self.resample == "up")
         h += self.time_emb_proj(emb)[:, :, None, None, None]  # in place: no gradient needs a convolution's output
         h = self.conv2(self.norm2(h))
         if self.resample == "up":

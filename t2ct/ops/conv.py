@@ -1,7 +1,7 @@
 """conv3d and upsample_conv3d on x of shape (N, C, X, Y, Z).
 
-Gradients, compilation and whatever no kernel here serves are torch's own convolution; the faster forms are for
-inference on a CPU.
+The faster forms of the tables are for inference on a CPU. Gradients, compilation, autocast and shapes that no form here
+serves are torch's own convolution, also where a backend is forced; a forced one that an inference cannot have raises.
 """
 
 from __future__ import annotations
@@ -24,41 +24,7 @@ def _reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.conv3d(x, weight, bias, padding=1)
 
 
-CONV = {"cpu": conv_cpu.conv3d, "reference": _reference}
-TABLES = {"conv3d": CONV}
-LIMITS = {("conv3d", "cpu"): f", without gradient up to {SMALL_VOXELS} voxels; beyond them plain torch"}
-
-
-def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 1) -> Tensor:
-    """Convolution, differentiable.
-
-    x       (N, C, X, Y, Z), floating, any memory format
-    weight  (O, C, K, K, K); bias (O,) or None; both in x's dtype
-    Returns (N, O, X', Y', Z') in x's dtype, channels-last where x is. Raises ValueError for other shapes; RuntimeError
-            from torch for mixed dtypes or devices.
-    """
-    _check("conv3d", x, weight, bias)
-    if _small(x, weight, bias, stride, padding):
-        return choose("conv3d", CONV, x)[1](x, weight, bias)
-    return F.conv3d(x, weight, bias, stride, padding)
-
-
-def upsample_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Nearest-neighbour doubling of every axis, then a 3x3x3 convolution with padding 1; differentiable.
-
-    x       (N, C, X, Y, Z), floating, any memory format
-    weight  (O, C, 3, 3, 3); bias (O,) or None; both in x's dtype
-    Returns (N, O, 2X, 2Y, 2Z) in x's dtype, channels-last where x is. Raises ValueError for other shapes.
-
-    For inference on a CPU the two are folded: each of the eight phases of the result sees 2x2x2 voxels of x under sums
-    of the 27 weights, 8 multiplications instead of 27, and the doubled volume is never written.
-    """
-    _check("upsample_conv3d", x, weight, bias)
-    if tuple(weight.shape[2:]) != (3, 3, 3):
-        raise ValueError(f"upsample_conv3d: weight must be (O, C, 3, 3, 3), got {tuple(weight.shape)}")
-    if _inference(x, weight, bias) and x.device.type == "cpu" and forced() != "reference":
-        if x.shape[2:].numel() >= FOLD_VOXELS:
-            return _folded(x, weight, bias)
+def _doubled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return conv3d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias)
 
 
@@ -73,32 +39,70 @@ def _folded(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     w = w.permute(2, 4, 6, 0, 1, 3, 5, 7).reshape(8 * o, channels, 2, 2, 2).to(weight.dtype)
     phases = F.conv3d(x, w, None if bias is None else bias.repeat(8), padding=1)
     like = torch.channels_last_3d if is_channels_last(x) else torch.contiguous_format
-    y = torch.empty(len(x), o, *(2 * n for n in x.shape[2:]), dtype=x.dtype, memory_format=like)
+    y = torch.empty(len(x), o, *(2 * n for n in x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=like)
     for p in range(8):
-        at = (p >> 2, p >> 1 & 1, p & 1)
-        part = tuple(slice(a, a + n) for a, n in zip(at, x.shape[2:], strict=True))
-        a, b, c = at
-        y[:, :, a::2, b::2, c::2] = phases[:, p * o : (p + 1) * o, part[0], part[1], part[2]]
+        a, b, c = p >> 2, p >> 1 & 1, p & 1
+        part = (slice(k, k + n) for k, n in zip((a, b, c), x.shape[2:], strict=True))
+        y[:, :, a::2, b::2, c::2] = phases[:, p * o : (p + 1) * o][(slice(None), slice(None), *part)]
     return y
 
 
+CONV = {"cpu": conv_cpu.conv3d, "reference": _reference}
+UPSAMPLE = {"cpu": _folded, "reference": _doubled}
+TABLES = {"conv3d": CONV, "upsample_conv3d": UPSAMPLE}
+LIMITS = {
+    ("conv3d", "cpu"): f": 3x3x3 without gradient, {SMALL_VOXELS} voxels at most under {MANY_WEIGHTS:,} weights at "
+    "least, with AVX-512; else torch's",
+    ("upsample_conv3d", "cpu"): f", folded: without gradient, from {FOLD_VOXELS} voxels on; else doubled, then conv3d",
+}
+
+
+def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 1) -> Tensor:
+    """Convolution, differentiable.
+
+    x       (N, C, X, Y, Z), floating, any memory format
+    weight  (O, C, K, K, K); bias (O,) or None; both in x's dtype and on its device
+    Returns (N, O, X', Y', Z') in x's dtype, in the memory format that the form which ran gives it.
+    Raises  ValueError for other shapes; RuntimeError, torch's own, for mixed dtypes or devices.
+    """
+    _check("conv3d", x, weight, bias)
+    if _inference(x, weight, bias) and tuple(weight.shape[2:]) == (3, 3, 3) and (stride, padding) == (1, 1):
+        voxels = x.shape[0] * x.shape[2:].numel()
+        pays = voxels <= SMALL_VOXELS and weight.numel() >= MANY_WEIGHTS and weight.is_contiguous()
+        if forced() in CONV or (pays and conv_cpu.is_fast() and conv_cpu.refusal(x) is None):
+            return choose("conv3d", CONV, x)[1](x, weight, bias)
+    return F.conv3d(x, weight, bias, stride, padding)
+
+
+def upsample_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Nearest-neighbour doubling of every axis, then a 3x3x3 convolution with padding 1; differentiable.
+
+    x       (N, C, X, Y, Z), floating, any memory format
+    weight  (O, C, 3, 3, 3); bias (O,) or None; both in x's dtype and on its device
+    Returns (N, O, 2X, 2Y, 2Z) in x's dtype, in the memory format that the form which ran gives it.
+    Raises  ValueError for other shapes; RuntimeError, torch's own, for mixed dtypes or devices.
+
+    Folded, each of the eight phases of the result sees 2x2x2 voxels of x under sums of the 27 weights: 8
+    multiplications instead of 27, and the doubled volume is never written.
+    """
+    _check("upsample_conv3d", x, weight, bias)
+    if tuple(weight.shape[2:]) != (3, 3, 3):
+        raise ValueError(f"upsample_conv3d: weight must be (O, C, 3, 3, 3), got {tuple(weight.shape)}")
+    if _inference(x, weight, bias) and x.device.type == "cpu":
+        if forced() in UPSAMPLE:
+            return choose("upsample_conv3d", UPSAMPLE, x)[1](x, weight, bias)
+        if x.shape[2:].numel() >= FOLD_VOXELS:
+            return _folded(x, weight, bias)
+    return _doubled(x, weight, bias)
+
+
 def _inference(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    if watched(x) or torch.is_autocast_enabled(x.device.type):
+    """Plain tensors of one dtype on one device, which nothing watches and no gradient wants."""
+    tensors = [x, weight] if bias is None else [x, weight, bias]
+    if any(watched(t) or t.device != x.device or t.dtype != x.dtype or t.is_neg() for t in tensors):
         return False
-    learns = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    return not (torch.is_grad_enabled() and learns)
-
-
-def _small(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> bool:
-    """May a kernel of the table run? What it does not do at all goes to torch even where it is forced."""
-    if tuple(weight.shape[2:]) != (3, 3, 3) or (stride, padding) != (1, 1) or not _inference(x, weight, bias):
-        return False
-    if weight.dtype != x.dtype or not weight.is_contiguous() or (bias is not None and bias.dtype != x.dtype):
-        return False
-    if forced() in CONV:
-        return True
-    voxels = x.shape[0] * x.shape[2:].numel()
-    return voxels <= SMALL_VOXELS and weight.numel() >= MANY_WEIGHTS and conv_cpu.takes(x)
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return not learns and not torch.is_autocast_enabled(x.device.type)
 
 
 def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -6,24 +6,32 @@ import torch
 from torch import Tensor
 
 from t2ct.ops import norm_cpu
-from t2ct.ops.dispatch import is_channels_last, native
+from t2ct.ops.dispatch import is_channels_last, native, why_not
 
 
-def takes(x: Tensor) -> bool:
-    """Does the compiled kernel serve x? bfloat16 wants a processor that multiplies it, and pairs of channels."""
-    if native() is None or x.device.type != "cpu" or not is_channels_last(x):
-        return False
-    if x.dtype == torch.bfloat16:
-        return native().conv3d_bfloat16 and x.shape[1] % 2 == 0
-    return x.dtype == torch.float32
+def is_fast() -> bool:
+    """Has it been measured to be faster than torch here? With AVX-512 it has (benchmarks/results)."""
+    return native() is not None and native().isas()[norm_cpu.ISA] == "avx512"
+
+
+def refusal(x: Tensor) -> str | None:
+    """Why the compiled kernel does not take x, or None."""
+    reason = why_not("cpu", x.device.type, x.dtype, is_channels_last(x))
+    if reason is None and x.dtype == torch.bfloat16:
+        if not native().conv3d_bfloat16:
+            return "bfloat16 wants a processor with AVX512-BF16"
+        if x.shape[1] % 2:
+            return f"bfloat16 wants an even number of channels, not {x.shape[1]}"
+    return reason
 
 
 def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if not takes(x):
-        raise RuntimeError(f"conv3d: backend 'cpu' takes an even number of channels, and bfloat16 only where the "
-                           f"processor has AVX512-BF16, got {tuple(x.shape)} {x.dtype}")
+    reason = refusal(x)
+    if reason:
+        raise RuntimeError(f"conv3d: backend 'cpu' cannot run: {reason}")
     n, c, *size = x.shape
-    y = torch.empty(n, len(weight), *size, dtype=x.dtype, memory_format=torch.channels_last_3d)
+    weight = weight.contiguous()
+    y = torch.empty(n, len(weight), *size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
     shift = None if bias is None else bias.detach().float().contiguous()
     shape = (n, *size, c, len(weight), x.dtype == torch.bfloat16)
     native().conv3d(shape, x.data_ptr(), weight.data_ptr(), 0 if shift is None else shift.data_ptr(), y.data_ptr(),

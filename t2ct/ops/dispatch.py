@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 Table = Mapping[str, Callable[..., Any]]
@@ -41,9 +42,9 @@ def watched(x: Tensor) -> bool:
     """True where something must see an operator (compilation, tracing, meta tensors, dispatch modes, torch.func).
     Elsewhere the kernel is called directly: a network makes a hundred calls a pass, and the custom op's machinery
     costs ~40 us each, ~200 us with its gradient."""
-    return (torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)
+    return (torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) not in (Tensor, torch.nn.Parameter)
             or x.device.type not in ("cpu", "cuda") or torch._C._len_torch_dispatch_stack() > 0
-            or torch._C._functorch.maybe_current_level() is not None)
+            or torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0)
 
 
 @cache

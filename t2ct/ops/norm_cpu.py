@@ -32,7 +32,7 @@ def _float(tensor: Tensor) -> Tensor:
 def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float,
                silu: bool) -> tuple[Tensor, Tensor, Tensor]:
     weight, bias, y = _float(weight), _float(bias), torch.empty_like(x)
-    mean = torch.empty(x.shape[0], groups)
+    mean = torch.empty(x.shape[0], groups, device=x.device)
     rstd = torch.empty_like(mean)
     native().group_norm(_shape(x, groups), x.data_ptr(), y.data_ptr(), weight.data_ptr(), bias.data_ptr(), eps, silu,
                         mean.data_ptr(), rstd.data_ptr(), torch.get_num_threads(), ISA)
@@ -50,7 +50,7 @@ def group_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mea
 
 
 def group_stats(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    mean = torch.empty(x.shape[0], groups, dtype=torch.float64)
+    mean = torch.empty(x.shape[0], groups, dtype=torch.float64, device=x.device)
     m2 = torch.empty_like(mean)
     native().group_stats(_shape(x, groups), x.data_ptr(), mean.data_ptr(), m2.data_ptr(), torch.get_num_threads(), ISA)
     return mean, m2

@@ -38,7 +38,7 @@ CONFIG = PipelineConfig(
     base_voxels=24 * 24 * 12,  # its own latent size: no timestep shift where it was trained
     vae=VAEConfig(channels=(16, 32, 96), norm_groups=4, num_res_blocks=1),
     unet=UNetConfig(
-        channels=(48, 80, 96),
+        channels=(64, 80, 96),
         attention_levels=(False, True, True),
         head_dim=16,
         cross_attention_dim=256,
@@ -73,7 +73,7 @@ VAE_LOOP = LoopConfig(
 )
 CLIP_LOOP = LoopConfig(steps=1100, batch_size=64, learning_rate=5e-4, warmup=70, weight_decay=1e-4)
 LDM_LOOP = LoopConfig(  # batch of each process
-    steps=4500, batch_size=4, learning_rate=1e-3, matrix_learning_rate=0.008, warmup=100, ema_decay=0.998
+    steps=3250, batch_size=4, learning_rate=1e-3, matrix_learning_rate=0.008, warmup=100, ema_decay=0.998
 )
 
 
