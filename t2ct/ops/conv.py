@@ -50,10 +50,10 @@ def _folded(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 CONV = {"cpu": conv_cpu.conv3d, "reference": _reference}
 UPSAMPLE = {"cpu": _folded, "reference": _doubled}
 TABLES = {"conv3d": CONV, "upsample_conv3d": UPSAMPLE}
-LIMITS = {
-    ("conv3d", "cpu"): f": 3x3x3 without gradient, {SMALL_VOXELS} voxels at most under {MANY_WEIGHTS:,} weights at "
-    "least, with AVX-512; else torch's",
-    ("upsample_conv3d", "cpu"): f", folded: without gradient, from {FOLD_VOXELS} voxels on; else doubled, then conv3d",
+NOTES = {  # for explain(); {what} is what runs
+    ("conv3d", "cpu"): "{what}: 3x3x3 without gradient, at most "
+    f"{SMALL_VOXELS} voxels and at least {MANY_WEIGHTS:,} weights, with AVX-512; else torch's",
+    ("upsample_conv3d", "cpu"): f"folded: without gradient, from {FOLD_VOXELS} voxels on; else doubled, then conv3d",
 }
 
 

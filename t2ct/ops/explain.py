@@ -21,7 +21,7 @@ def _why(op, table, device):
     for backend in tried:
         reason = why_not(backend, device, torch.float32)
         if reason is None:
-            return backend, "; ".join(refused) or _what(backend) + conv.LIMITS.get((op, backend), "")
+            return backend, "; ".join(refused) or conv.NOTES.get((op, backend), "{what}").format(what=_what(backend))
         refused.append(f"{backend}: {reason}")
     return "none", "; ".join(refused)
 

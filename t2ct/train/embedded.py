@@ -169,7 +169,7 @@ def prepare(work: Path) -> tuple[PhantomSet, Tokenizer, torch.Tensor, VAE, CLIP3
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder for phantoms and checkpoints (about 2 GB)")
+    parser.add_argument("--work", type=Path, required=True, help="folder for phantoms and checkpoints (about 6 GB)")
     parser.add_argument("--output", type=Path, required=True, help="folder to write the model into")
     args = parser.parse_args()
     if dist.is_torchelastic_launched():
