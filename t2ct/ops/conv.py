@@ -15,7 +15,7 @@ from t2ct.ops.dispatch import choose, forced, is_channels_last, watched
 
 # csrc reads a convolution's weights once where oneDNN, which reorders them, moves them three times; that pays where
 # there are many weights and few voxels (benchmarks/bench_conv.py).
-SMALL_VOXELS, MANY_WEIGHTS = 512, 400_000
+MANY_WEIGHTS = 400_000
 # Folding makes 64 weights of 27, each time anew: not worth it for few voxels.
 FOLD_VOXELS = 1024
 
@@ -52,7 +52,7 @@ UPSAMPLE = {"cpu": _folded, "reference": _doubled}
 TABLES = {"conv3d": CONV, "upsample_conv3d": UPSAMPLE}
 NOTES = {  # for explain(); {what} is what runs
     ("conv3d", "cpu"): "{what}: 3x3x3 without gradient, at most "
-    f"{SMALL_VOXELS} voxels and at least {MANY_WEIGHTS:,} weights, with AVX-512; else torch's",
+    f"{conv_cpu.fast_voxels()} voxels and at least {MANY_WEIGHTS:,} weights; else torch's",
     ("upsample_conv3d", "cpu"): f"folded: without gradient, from {FOLD_VOXELS} voxels on; else doubled, then conv3d",
 }
 
@@ -68,8 +68,8 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 
     _check("conv3d", x, weight, bias)
     if _inference(x, weight, bias) and tuple(weight.shape[2:]) == (3, 3, 3) and (stride, padding) == (1, 1):
         voxels = x.shape[0] * x.shape[2:].numel()
-        pays = voxels <= SMALL_VOXELS and weight.numel() >= MANY_WEIGHTS and weight.is_contiguous()
-        if forced() in CONV or (pays and conv_cpu.is_fast() and conv_cpu.refusal(x) is None):
+        pays = voxels <= conv_cpu.fast_voxels() and weight.numel() >= MANY_WEIGHTS and weight.is_contiguous()
+        if forced() in CONV or (pays and conv_cpu.refusal(x) is None):
             return choose("conv3d", CONV, x)[1](x, weight, bias)
     return F.conv3d(x, weight, bias, stride, padding)
 

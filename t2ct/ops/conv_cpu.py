@@ -8,10 +8,13 @@ from torch import Tensor
 from t2ct.ops import norm_cpu
 from t2ct.ops.dispatch import is_channels_last, native, why_not
 
+# Up to how many voxels the kernel was measured to be faster than torch's convolution (benchmarks/bench_conv.py).
+FAST_VOXELS = {"avx512": 512, "avx2": 128}
 
-def is_fast() -> bool:
-    """Has it been measured to be faster than torch here? With AVX-512 it has (benchmarks/results)."""
-    return native() is not None and native().isas()[norm_cpu.ISA] == "avx512"
+
+def fast_voxels() -> int:
+    """The row of FAST_VOXELS that holds here."""
+    return 0 if native() is None else FAST_VOXELS.get(native().isas()[norm_cpu.ISA], 0)
 
 
 def refusal(x: Tensor) -> str | None:
