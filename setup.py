@@ -32,12 +32,13 @@ UNITS = {
 }
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
+BFLOAT16_UNIT, BFLOAT16_FLAG = "csrc/cpu/conv_avx512bf16.cpp", "-mavx512bf16"  # gcc 10, clang 9 and later have it
 if X86:
     FLAGS.append("-DT2CT_X86")
     UNITS |= {
         "csrc/cpu/conv_avx2.cpp": AVX2,
         "csrc/cpu/conv_avx512.cpp": AVX512,
-        "csrc/cpu/conv_avx512bf16.cpp": [*AVX512, "-mavx512bf16"],
+        BFLOAT16_UNIT: [*AVX512, BFLOAT16_FLAG],
         "csrc/cpu/norm_avx2.cpp": AVX2,
         "csrc/cpu/norm_avx512.cpp": AVX512,
     }
@@ -65,6 +66,12 @@ def find_compiler() -> str:
     raise RuntimeError("no C++ compiler was found")
 
 
+def accepts(flag: str) -> bool:
+    """Does the compiler know this flag?"""
+    command = [*find_compiler().split(), flag, "-x", "c++", "-fsyntax-only", "-"]
+    return subprocess.run(command, input=b"", capture_output=True).returncode == 0
+
+
 def escape(path: object) -> str:
     """A path in a ninja build line."""
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
@@ -73,11 +80,17 @@ def escape(path: object) -> str:
 def ninja_file(target: Path, objects: Path) -> str:
     import pybind11
 
+    units = dict(UNITS)
+    flags = list(FLAGS)
+    if BFLOAT16_UNIT in units and accepts(BFLOAT16_FLAG):
+        flags.append("-DT2CT_BFLOAT16")
+    else:
+        units.pop(BFLOAT16_UNIT, None)
     includes = (pybind11.get_include(), sysconfig.get_path("include"), sysconfig.get_path("platinclude"))
     lines = [
         "ninja_required_version = 1.5",
         f"cxx = {find_compiler()}",
-        "flags = " + " ".join([*FLAGS, *(f'-I"{i}"' for i in dict.fromkeys(includes))]),
+        "flags = " + " ".join([*flags, *(f'-I"{i}"' for i in dict.fromkeys(includes))]),
         "rule compile",
         "  command = $cxx $flags $unit -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
@@ -86,7 +99,7 @@ def ninja_file(target: Path, objects: Path) -> str:
         f"  command = $cxx $in {' '.join([*LINK, *OPENMP])} -o $out",
     ]
     built = []
-    for source, unit in UNITS.items():
+    for source, unit in units.items():
         built.append(objects / (Path(source).stem + ".o"))
         lines += [f"build {escape(built[-1])}: compile {escape(ROOT / source)}", f"  unit = {' '.join(unit)}"]
     lines += [f"build {escape(target)}: link {' '.join(map(escape, built))}", ""]

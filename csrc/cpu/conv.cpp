@@ -13,8 +13,10 @@ namespace t2ct {
 namespace {
 
 const ConvKernel& find_kernel(const ConvShape& s, int isa) {
-#ifdef T2CT_X86
+#ifdef T2CT_BFLOAT16
   if (s.bfloat16) return conv_avx512bf16;
+#endif
+#ifdef T2CT_X86
   const std::string name = isa_name(isa);
   if (name == "avx512") return conv_avx512;
   if (name == "avx2") return conv_avx2;
@@ -102,7 +104,7 @@ void run(const ConvShape& s, const ConvKernel& kernel, const T* x, const T* w, c
 }  // namespace
 
 bool conv_has_bfloat16() {
-#ifdef T2CT_X86
+#ifdef T2CT_BFLOAT16
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512f") &&
          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");

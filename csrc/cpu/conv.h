@@ -26,6 +26,8 @@ extern const ConvKernel conv_portable;
 #ifdef T2CT_X86
 extern const ConvKernel conv_avx2;
 extern const ConvKernel conv_avx512;
+#endif
+#ifdef T2CT_BFLOAT16  // the compiler knows AVX512-BF16
 extern const ConvKernel conv_avx512bf16;
 #endif
 
