@@ -35,7 +35,7 @@ CONFIG = PipelineConfig(
     size=(96, 96, 48),
     spacing=(352 / 96, 352 / 96, 320 / 48),
     schedule="exact",
-    base_voxels=24 * 24 * 12,  # its own latent size: no timestep shift where it was trained
+    base_voxels=24 * 24 * 12 // 16,  # the shift that the published model has at its size: 16^(1/3) = 2.52
     vae=VAEConfig(channels=(16, 32, 96), norm_groups=4, num_res_blocks=1),
     unet=UNetConfig(
         channels=(64, 80, 96),
@@ -132,7 +132,7 @@ def train_ldm(work: Path, data: PhantomSet, ids: torch.Tensor, vae: VAE, clip: C
     scale = world / std.item()
     embeds = embed_texts(clip, ids[rank::world].flatten(0, 1)).view(len(mu), ids.shape[1], -1)
     trainee = DistributedDataParallel(unet) if world > 1 else unet
-    loss = ldm_loss(trainee, mu, sigma, embeds, CONFIG.spacing, scale, LDM_LOOP.batch_size)
+    loss = ldm_loss(trainee, mu, sigma, embeds, CONFIG.spacing, scale, LDM_LOOP.batch_size, CONFIG.base_voxels)
     run(unet, loss, LDM_LOOP, work / "unet.safetensors", "LDM")
     return unet, scale
 

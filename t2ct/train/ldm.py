@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from t2ct.diffusion import NUM_TRAIN_TIMESTEPS, add_noise, velocity
+from t2ct.diffusion import NUM_TRAIN_TIMESTEPS, add_noise, shift_timestep, velocity
 from t2ct.models import VAE, UNet, hu_to_unit
 from t2ct.train.loop import has_bfloat16
 
@@ -39,10 +39,11 @@ def ldm_loss(
     spacing: tuple[float, float, float],
     scale: float,
     batch: int,
+    base_voxels: int,
 ):
     """The loss function for `loop.run`. embeds: (N, WORDINGS, D); scale: 1 / std of the latents; spacing in mm.
 
-    Times are uniform: at the resolution it was trained at, the embedded model samples without a shift.
+    Times are uniform, then shifted towards noise as sampling shifts them: there the text decides what there will be.
     """
     spaced = 100 * torch.tensor(spacing).expand(batch, 3)
     ct = torch.ones(batch, dtype=torch.long)
@@ -55,6 +56,7 @@ def ldm_loss(
         noise = torch.randn(m.shape, generator=generator)
         # one time per stratum of [0, 1]: the same uniform law, less noise in the loss
         t = (torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator)) / batch
+        t = shift_timestep(t, mu[0, 0].numel(), base_voxels)
         context = embeds[index, wording][:, None]
         context = context * (torch.rand(batch, generator=generator) >= TEXT_DROPPED)[:, None, None]
         v = model(add_noise(x0, noise, t), t * NUM_TRAIN_TIMESTEPS, context, ct, spaced)
