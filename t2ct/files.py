@@ -29,7 +29,7 @@ def check_outputs(paths: Iterable[PathLike], *, overwrite: bool = True) -> None:
             raise IsADirectoryError(f"output {path}: wanted a file, got a folder")
         if path.exists() and not overwrite:
             raise FileExistsError(
-                f"output {path}: wanted a new file, got one that exists (overwriting was not allowed)"
+                f"output {path}: wanted a new file, got one that exists (--overwrite or overwrite=True replaces it)"
             )
         _try_to_write(folder)
 

@@ -15,7 +15,7 @@ def seed(word: str) -> int:
 
 def steps(word: str) -> int:
     """A number of sampling steps."""
-    return _integer(word, 1, 10_000)
+    return _integer(word, 1, 1000)
 
 
 def voxels(word: str) -> int:

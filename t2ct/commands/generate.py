@@ -35,7 +35,11 @@ def add_parser(commands: Any, **options: Any) -> None:
     )
     parser.add_argument("--model", type=arguments.model, help="folder, or vae=FILE,unet=FILE,…; default: embedded")
     parser.add_argument(
-        "--size", type=arguments.voxels, nargs=3, metavar=("X", "Y", "Z"), help="voxels; multiples of 4"
+        "--size",
+        type=arguments.voxels,
+        nargs=3,
+        metavar=("X", "Y", "Z"),
+        help="voxels; multiples of 16 (embedded model) or 32 (published)",
     )
     parser.add_argument(
         "--spacing", type=arguments.millimetres, nargs=3, metavar=("X", "Y", "Z"), help="voxel size, mm"

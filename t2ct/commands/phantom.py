@@ -34,7 +34,7 @@ def add_parser(commands: Any, **options: Any) -> None:
         "--finding",
         action="append",
         type=finding,
-        metavar="NAME[:SIDE][:LOBE][:SIZE]",
+        metavar="NAME[:SIDE][:LOBE][:SIZE][:KIND][:8mm]",
         help='such as "pleural effusion:right:large"; may be repeated; default: drawn from the seed',
     )
     findings.add_argument("--normal", action="store_true", help="no findings")

@@ -36,6 +36,14 @@ VISIBLE = {
 VISIBLE_NODULE = (20, 30)  # mm
 TARGETS = {"accuracy": 0.95, "auc": 0.85, "side": 0.9, "hu": 40.0, "outline": 0.9}
 
+TITLE = """# Does it listen?
+
+Printed by `python -m t2ct.eval.listens`. First the measurements alone, on phantoms that no threshold came from: does a
+fixed threshold find what is there? Then the same measurements on volumes generated from the prompts of other phantoms:
+AUC, the area under the ROC curve, says how often a volume whose prompt names the finding measures more than one whose
+prompt does not (0.5: chance). Effusions and emphysema are at least moderate and nodules 20 to 30 mm here: what the grid
+can show."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -64,10 +72,10 @@ class Report:
     def markdown(self) -> str:
         """The table as Markdown."""
         told = ", ".join(f"{key} {value}" for key, value in self.settings.items())
-        head = f"Model {self.name}, weights {self.weights}, t2ct {self.version}, {self.date}; {told}"
+        head = TITLE + f"\n\nModel {self.name}, weights {self.weights}, t2ct {self.version}, {self.date}; {told}"
         parts = [f"{head}; {self.seconds:.0f} s."]
         for title, rows in (("real phantoms", self.phantoms), ("generated volumes", self.model)):
-            lines = [f"| Measured on {title} | value | target | | |", "|---|---|---|---|---|"]
+            lines = [f"| Measured on {title} | value | target | met? | of what |", "|---|---|---|---|---|"]
             for r in rows:
                 met = "met" if r.met else "missed"
                 lines.append(f"| {r.what} | {_short(r)} | {r.target} | {met} | {r.detail} |")

@@ -2,7 +2,8 @@
 
 Phantoms, VAE, CLIP3D, latent diffusion, export: each stage is kept in --work and a second call goes on where the first
 stopped. `torchrun --nproc-per-node 2 -m t2ct.train.embedded …` gives the diffusion one
-process a core instead of one process with two threads.
+process a core instead of one process with two threads. `--start t2ct/assets/embedded` trains the diffusion of the
+model in the package further.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from t2ct.config import PipelineConfig
 from t2ct.files import write_files
 from t2ct.models import CLIP3D, VAE, CLIP3DConfig, TextConfig, UNet, UNetConfig, VAEConfig, VisionConfig
+from t2ct.pipeline import T2CTPipeline
 from t2ct.text import Tokenizer
 from t2ct.train.clip import clip_loss, embed_texts
 from t2ct.train.ldm import encode_volumes, freeze_dead, ldm_loss
@@ -120,10 +122,14 @@ def latents(path: Path, hu: np.ndarray, vae: VAE) -> tuple[torch.Tensor, torch.T
     return mu, sigma
 
 
-def train_ldm(work: Path, data: PhantomSet, ids: torch.Tensor, vae: VAE, clip: CLIP3D) -> tuple[UNet, float]:
+def train_ldm(
+    work: Path, data: PhantomSet, ids: torch.Tensor, vae: VAE, clip: CLIP3D, start: Path | None = None
+) -> tuple[UNet, float]:
     rank, world = ranks()
     torch.manual_seed(0)
     unet = UNet(CONFIG.unet)
+    if start is not None:  # a checkpoint in `work` still goes before it
+        unet.load_state_dict(T2CTPipeline.from_pretrained(start, "cpu", torch.float32).unet.state_dict())
     freeze_dead(unet)
     mu, sigma = latents(work / f"latents-{rank}-of-{world}.safetensors", data.hu[rank::world], vae)
     std = mu.float().std()
@@ -159,9 +165,15 @@ def export(output: Path, vae: VAE, clip: CLIP3D, unet: UNet, tokenizer: Tokenize
         print(f"{name}  {len(content) / 1e6:.2f} MB  sha256 {hashlib.sha256(content).hexdigest()[:16]}")
 
 
-def prepare(work: Path) -> tuple[PhantomSet, Tokenizer, torch.Tensor, VAE, CLIP3D]:
-    """Everything before the diffusion: phantoms, tokenizer, ids, VAE, CLIP3D; loaded where it is in `work` already."""
+def prepare(work: Path, start: Path | None = None) -> tuple[PhantomSet, Tokenizer, torch.Tensor, VAE, CLIP3D]:
+    """Everything before the diffusion: phantoms, tokenizer, ids, VAE, CLIP3D; loaded where it is in `work` already.
+
+    start: a model whose tokenizer, VAE and text tower are taken as they are.
+    """
     data = phantom_set(work / "phantoms", PHANTOMS, CONFIG.size)
+    if start is not None:
+        pipe = T2CTPipeline.from_pretrained(start, "cpu", torch.float32)
+        return data, pipe.tokenizer, token_ids(pipe.tokenizer, data), pipe.vae, pipe.clip
     tokenizer = train_tokenizer(work, data)
     ids = token_ids(tokenizer, data)
     return data, tokenizer, ids, train_vae(work, data), train_clip(work, data, ids)
@@ -171,16 +183,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for phantoms and checkpoints (about 6 GB)")
     parser.add_argument("--output", type=Path, required=True, help="folder to write the model into")
+    parser.add_argument("--start", type=Path, help="folder of a model: keep its VAE and text tower, train its UNet on")
     args = parser.parse_args()
     if dist.is_torchelastic_launched():
         dist.init_process_group("gloo", timeout=timedelta(hours=12))
     rank, _ = ranks()
     if rank == 0:  # the first process makes what the others then find
-        made = prepare(args.work)
+        made = prepare(args.work, args.start)
     if dist.is_initialized():
         dist.barrier()
-    data, tokenizer, ids, vae, clip = made if rank == 0 else prepare(args.work)
-    unet, scale = train_ldm(args.work, data, ids, vae, clip)
+    data, tokenizer, ids, vae, clip = made if rank == 0 else prepare(args.work, args.start)
+    unet, scale = train_ldm(args.work, data, ids, vae, clip, args.start)
     if rank == 0:
         export(args.output, vae, clip, unet, tokenizer, scale)
     if dist.is_initialized():

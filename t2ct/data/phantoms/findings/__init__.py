@@ -21,7 +21,7 @@ FINDINGS: dict[str, Disease] = {
 
 
 def draw_findings(rng: np.random.Generator) -> list[Finding]:
-    """A quarter normal, otherwise one to four findings; half of the effusions come with atelectasis."""
+    """A quarter normal, otherwise one to four findings; some effusions bring atelectasis beside them."""
     if rng.random() < 0.25:
         return []
     names = list(FINDINGS)
