@@ -49,8 +49,9 @@ def main(path: str) -> None:
         if "peer" in row["extra_info"]:
             ops.setdefault(row["group"], {})[row["extra_info"]["peer"]] = row
     if ops:
-        print("\nOps, medians. Roofline: share of what a copy from memory and torch's float32 matrix product reached in the")
-        print("same session; above 100 % where data stay in the cache, numbers are bfloat16 or folding does less work.\n")
+        print("\nOps, medians. Roofline: share of what a copy from memory and torch's float32 matrix product")
+        print("reached in the same session; above 100 % where data stay in the cache, numbers are bfloat16 or")
+        print("folding saves work.\n")
         print("| op | torch | t2ct | ratio | roofline | relative error |\n|---|---|---|---|---|---|")
         for name, peers in ops.items():
             if {"torch", "cpu"} <= peers.keys():
