@@ -8,8 +8,8 @@ from torch import Tensor
 from t2ct.ops import norm_cpu
 from t2ct.ops.dispatch import is_channels_last, native, why_not
 
-# Up to how many voxels the kernel was measured to be faster than torch's convolution (benchmarks/bench_conv.py).
-FAST_VOXELS = {"avx512": 512, "avx2": 128}
+# Up to how many voxels the kernel was measured to make a UNet's pass faster (benchmarks/bench_conv.py has it alone).
+FAST_VOXELS = {"avx512": 512, "avx2": 512}
 
 
 def fast_voxels() -> int:
