@@ -1,9 +1,8 @@
 """Make the model in the package from nothing: `python -m t2ct.train.embedded --work DIR --output t2ct/assets/embedded`.
 
 Phantoms, VAE, CLIP3D, latent diffusion, export: each stage is kept in --work and a second call goes on where the first
-stopped. `torchrun --nproc-per-node 2 -m t2ct.train.embedded …` gives the diffusion one
-process a core instead of one process with two threads. `--start t2ct/assets/embedded` trains the diffusion of the
-model in the package further.
+stopped. `torchrun --nproc-per-node 2 -m t2ct.train.embedded …` gives the diffusion one process a core instead of one
+process with two threads. `--start t2ct/assets/embedded` trains the diffusion of the model in the package further.
 """
 
 import argparse
