@@ -55,8 +55,9 @@ def inputs(op, shape, outputs, dtype, device):
 @pytest.mark.parametrize("op,shape,outputs", CASES, ids=str)
 def test_conv(form, op, shape, outputs, dtype, device, measure, benchmark):
     x, weights, b, y = inputs(op, shape, outputs, dtype, device)
-    if form == "cpu" and op == "conv3d" and conv_cpu.refusal(x):
-        pytest.skip("the compiled kernel does not take this here")
+    reason = conv_cpu.refusal(x) if form == "cpu" and op == "conv3d" else None
+    if reason:
+        pytest.skip(reason)
     benchmark.group = f"{op} {shape} -> {outputs} {str(dtype).removeprefix('torch.')}"
     benchmark.extra_info["peer"] = form
     turn = itertools.cycle(weights)

@@ -1,7 +1,10 @@
-"""What every test file shares: the reason to skip tests that need a GPU."""
+"""What every test file shares: the reason to skip tests that need a GPU, the compiled kernels one by one."""
 
 import pytest
 import torch
+
+from t2ct.ops import norm_cpu, use_backend
+from t2ct.ops.dispatch import native, why_not
 
 
 def pytest_collection_modifyitems(items):
@@ -11,3 +14,17 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device: torch.cuda.is_available() is False"))
 
 pytest_plugins = ["small"]  # the fixture `published`
+
+
+@pytest.fixture(params=("avx512", "avx2", "portable"))
+def isa(request, monkeypatch):
+    """The compiled kernels of one instruction set, forced."""
+    if native() is None:
+        pytest.skip(why_not("cpu", "cpu", torch.float32))
+    if request.param not in native().isas():
+        built = request.param in native().compiled_isas
+        pytest.skip(f"{request.param} is compiled, but this machine has none" if built else f"no {request.param} built")
+    monkeypatch.setattr(norm_cpu, "ISA", native().isas().index(request.param))
+    torch.manual_seed(0)
+    with use_backend("cpu"):
+        yield

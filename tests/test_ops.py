@@ -19,7 +19,6 @@ from t2ct.ops import (
     group_stats,
     merge_stats,
     norm,
-    norm_cpu,
     use_backend,
 )
 from t2ct.ops.dispatch import BACKENDS, choose, native, why_not
@@ -125,20 +124,6 @@ def test_traced(case):
 
 
 # ------------------------------------------------------------------------------------------------- the cpu kernels
-
-
-@pytest.fixture(params=("avx512", "avx2", "portable"))
-def isa(request, monkeypatch):
-    """The compiled kernels of one instruction set, forced."""
-    if native() is None:
-        pytest.skip(why_not("cpu", "cpu", torch.float32))
-    if request.param not in native().isas():
-        built = request.param in native().compiled_isas
-        pytest.skip(f"{request.param} is compiled, but this machine has none" if built else f"no {request.param} built")
-    monkeypatch.setattr(norm_cpu, "ISA", native().isas().index(request.param))
-    torch.manual_seed(0)
-    with use_backend("cpu"):
-        yield
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), **name)

@@ -1,12 +1,17 @@
-// The kernel of conv.h in the compiler's vector types, compiled once per instruction set: the including file sets
-// T2CT_WIDTH (floats in a register). No standard library here: see norm_kernels.h.
+// The kernel of conv.h, compiled once per instruction set. The including file sets T2CT_WIDTH (floats in a register), and
+// T2CT_PAIRS for bfloat16, whose numbers are multiplied two at a time (VDPBF16PS). No standard library here: see
+// norm_kernels.h.
 #include "conv.h"
+
+#ifdef T2CT_PAIRS
+#include <immintrin.h>
+#endif
 
 namespace t2ct {
 namespace {
 
 constexpr int W = T2CT_WIDTH;
-constexpr int V = 2;                // vectors of a panel
+constexpr int V = 2;                   // vectors of a panel
 constexpr int STEP = W == 16 ? 8 : 4;  // rows at a time: STEP * V sums in 32 registers, or in 16
 typedef float vf __attribute__((vector_size(4 * W)));
 typedef float vf_any __attribute__((vector_size(4 * W), aligned(4), may_alias));
@@ -14,23 +19,45 @@ typedef float vf_any __attribute__((vector_size(4 * W), aligned(4), may_alias));
 inline vf load(const float* p) { return *reinterpret_cast<const vf_any*>(p); }
 inline void store(float* p, vf v) { *reinterpret_cast<vf_any*>(p) = v; }
 
+#ifdef T2CT_PAIRS
+typedef uint16_t number;
+typedef __m512bh column;
+constexpr int PAIR = 2;
+inline column load_column(const number* p) { return (column)_mm512_loadu_si512(p); }
+inline column spread(const number* w) {
+  int pair;
+  __builtin_memcpy(&pair, w, 4);
+  return (column)_mm512_set1_epi32(pair);
+}
+inline vf multiply_add(vf sum, column w, column c) { return (vf)_mm512_dpbf16_ps((__m512)sum, w, c); }
+#else
+typedef float number;
+typedef vf column;
+constexpr int PAIR = 1;
+inline column load_column(const number* p) { return load(p); }
+inline float spread(const number* w) { return *w; }
+inline vf multiply_add(vf sum, float w, column c) { return sum + w * c; }
+#endif
+
 template <int R>
-void rows_of(const float* w, int64_t stride, const float* columns, int64_t depth, float* sums) {
+void rows_of(const number* w, int64_t stride, const number* columns, int64_t depth, float* sums) {
   vf s[R][V];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) s[r][v] = vf{};  // a block of channels is one chain: sums of sums round less
-  for (int64_t k = 0; k < depth; ++k, columns += V * W) {
-    vf c[V];
-    for (int v = 0; v < V; ++v) c[v] = load(columns + v * W);
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < V; ++v) s[r][v] += w[r * stride + k] * c[v];
+  for (int64_t k = 0; k < depth; ++k, columns += V * W * PAIR) {
+    column c[V];
+    for (int v = 0; v < V; ++v) c[v] = load_column(columns + v * W * PAIR);
+    for (int r = 0; r < R; ++r) {
+      const auto weight = spread(w + r * stride + k * PAIR);
+      for (int v = 0; v < V; ++v) s[r][v] = multiply_add(s[r][v], weight, c[v]);
+    }
   }
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) store(sums + (r * V + v) * W, load(sums + (r * V + v) * W) + s[r][v]);
 }
 
 void multiply(const void* w, int64_t stride, int64_t rows, const void* columns, int64_t depth, float* sums) {
-  const float *weights = static_cast<const float*>(w), *c = static_cast<const float*>(columns);
+  const number *weights = static_cast<const number*>(w), *c = static_cast<const number*>(columns);
   int64_t r = 0;
   for (; r + STEP <= rows; r += STEP) rows_of<STEP>(weights + r * stride, stride, c, depth, sums + r * V * W);
   for (; r < rows; ++r) rows_of<1>(weights + r * stride, stride, c, depth, sums + r * V * W);

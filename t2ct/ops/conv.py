@@ -63,7 +63,7 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 
     x       (N, C, X, Y, Z), floating, any memory format
     weight  (O, C, K, K, K); bias (O,) or None; both in x's dtype and on its device
     Returns (N, O, X', Y', Z') in x's dtype, in the memory format that the form which ran gives it.
-    Raises  ValueError for other shapes; RuntimeError, torch's own, for mixed dtypes or devices.
+    Raises  ValueError for other shapes and devices; RuntimeError, torch's own, for mixed dtypes.
     """
     _check("conv3d", x, weight, bias)
     if _inference(x, weight, bias) and tuple(weight.shape[2:]) == (3, 3, 3) and (stride, padding) == (1, 1):
@@ -80,7 +80,7 @@ def upsample_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     x       (N, C, X, Y, Z), floating, any memory format
     weight  (O, C, 3, 3, 3); bias (O,) or None; both in x's dtype and on its device
     Returns (N, O, 2X, 2Y, 2Z) in x's dtype, in the memory format that the form which ran gives it.
-    Raises  ValueError for other shapes; RuntimeError, torch's own, for mixed dtypes or devices.
+    Raises  ValueError for other shapes and devices; RuntimeError, torch's own, for mixed dtypes.
 
     Folded, each of the eight phases of the result sees 2x2x2 voxels of x under sums of the 27 weights: 8
     multiplications instead of 27, and the doubled volume is never written.
@@ -97,9 +97,9 @@ def upsample_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 
 
 def _inference(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Plain tensors of one dtype on one device, which nothing watches and no gradient wants."""
+    """Plain tensors of one dtype, which nothing watches and no gradient wants."""
     tensors = [x, weight] if bias is None else [x, weight, bias]
-    if any(watched(t) or t.device != x.device or t.dtype != x.dtype or t.is_neg() for t in tensors):
+    if any(watched(t) or t.dtype != x.dtype or t.is_neg() for t in tensors):
         return False
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     return not learns and not torch.is_autocast_enabled(x.device.type)
@@ -112,3 +112,6 @@ def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"{op}: weight must be (O, {x.shape[1]}, K, K, K), got {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{op}: bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and t.device != x.device:  # torch would take a meta weight and make up numbers
+            raise ValueError(f"{op}: {name} must be on {x.device}, got {t.device}")
