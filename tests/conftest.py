@@ -1,10 +1,18 @@
-"""What every test file shares: the reason to skip tests that need a GPU, the compiled kernels one by one."""
+"""What every test file shares: the reason to skip tests that need a GPU, the compiled kernels one by one.
+
+Without a GPU the Triton kernels run in Triton's interpreter, on CPU tensors; the switch is read when they are imported.
+"""
+
+import os
 
 import pytest
 import torch
 
-from t2ct.ops import norm_cpu, use_backend
-from t2ct.ops.dispatch import native, why_not
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from t2ct.ops import norm_cpu, use_backend  # noqa: E402  after the switch
+from t2ct.ops.dispatch import native, why_not  # noqa: E402
 
 
 def pytest_collection_modifyitems(items):

@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-BACKENDS = ("cuda", "triton", "cpu", "reference")
+BACKENDS = ("cuda", "triton", "sdpa", "xformers", "cpu", "reference")
 Table = Mapping[str, Callable[..., Any]]
 
 _C: Any = None
@@ -22,6 +23,25 @@ except ModuleNotFoundError:
     _no_native = "t2ct._C was not built (`pip install -v` of t2ct prints why; it takes a C++ compiler)"
 except ImportError as error:
     _no_native = f"t2ct._C did not load ({error})"
+
+
+# Kernels run unasked only where a results file in benchmarks/results/ shows them right and faster; the others when
+# `use_backend` asks for them.
+UNPROVEN = {
+    "cuda": "it has not been measured on a GPU yet: use_backend('cuda') runs it",
+    "triton": "it has not been measured on a GPU yet: use_backend('triton') runs it",
+    "xformers": "it has not been measured on a GPU yet: use_backend('xformers') runs it",
+}
+
+
+def kernel(family: str, name: str) -> Callable[..., Any]:
+    """The launcher `name` of kernels/`family`.py, a row of a table; Triton is imported when it is first called."""
+
+    def launch(*args: Any, **kwargs: Any) -> Any:
+        return getattr(import_module(f"t2ct.kernels.{family}"), name)(*args, **kwargs)
+
+    launch.__name__ = name
+    return launch
 
 
 def native() -> Any:
@@ -59,7 +79,30 @@ def why_not(backend: str, device: str, dtype: torch.dtype, channels_last: bool =
             return f"it takes float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
         if not channels_last:
             return "it reads channels_last memory; other layouts run on the reference"
+    if backend == "triton":
+        return _why_not_triton(device, dtype, channels_last)
     return None
+
+
+def _why_not_triton(device: str, dtype: torch.dtype, channels_last: bool) -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed: pip install t2ct[gpu]"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device != "cuda" and not (interpreted and device == "cpu"):
+        return f"the tensors are on {device}"
+    if device == "cuda" and not interpreted and torch.cuda.get_device_capability() < (8, 0):
+        return "it takes a GPU of compute capability 8.0 or more"
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"it takes float16, bfloat16 and float32, not {str(dtype).removeprefix('torch.')}"
+    if not channels_last:
+        return "it reads channels_last memory; other layouts run on the reference"
+    return None
+
+
+def refusal(backend: str, x: Tensor) -> str | None:
+    """Why `backend` does not run on x by itself, or None. One that is forced need not be proven."""
+    reason = why_not(backend, x.device.type, x.dtype, is_channels_last(x))
+    return reason or (None if _forced == backend else UNPROVEN.get(backend))
 
 
 def candidates(table: Table) -> tuple[str, ...]:
@@ -72,7 +115,7 @@ def choose(op: str, table: Table, x: Tensor) -> tuple[str, Callable[..., Any]]:
     reason: str | None = None
     backend = "reference"
     for backend in candidates(table):
-        reason = why_not(backend, x.device.type, x.dtype, is_channels_last(x))
+        reason = refusal(backend, x)
         if reason is None:
             return backend, table[backend]
     raise RuntimeError(f"{op}: backend {backend!r} cannot run: {reason}")

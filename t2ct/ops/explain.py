@@ -3,7 +3,7 @@
 import torch
 
 from t2ct.ops import conv, norm, norm_cpu
-from t2ct.ops.dispatch import candidates, native, why_not
+from t2ct.ops.dispatch import UNPROVEN, candidates, forced, native, why_not
 
 TABLES = {**norm.TABLES, **conv.TABLES}
 
@@ -19,7 +19,7 @@ def _why(op, table, device):
     tried = candidates(table)
     refused = [] if tried == tuple(table) else [f"{tried[0]} is forced"]
     for backend in tried:
-        reason = why_not(backend, device, torch.float32)
+        reason = why_not(backend, device, torch.float32) or (None if backend == forced() else UNPROVEN.get(backend))
         if reason is None:
             return backend, "; ".join(refused) or conv.NOTES.get((op, backend), "{what}").format(what=_what(backend))
         refused.append(f"{backend}: {reason}")
