@@ -9,6 +9,8 @@
 
 #include "cpu/conv.h"
 #include "cpu/norm.h"
+#include "cuda/driver.h"
+#include "cuda/merge.h"
 
 namespace py = pybind11;
 using address = uintptr_t;
@@ -83,4 +85,33 @@ PYBIND11_MODULE(_C, m) {
         "3x3x3, stride 1, padding 1, for small volumes. shape: (n, X, Y, Z, in, out, bfloat16); w (out, in, 3, 3, 3) as "
         "torch keeps it; bias float32 or 0.");
   m.attr("conv3d_bfloat16") = t2ct::conv_has_bfloat16();
+
+  using Tiles = std::tuple<int, int64_t, int, int>;
+  auto merge_args = [](const Tiles& s, address mean, address m2, address count, double eps, address out_mean,
+                       address out_rstd) {
+    return t2ct::MergeArgs{at<float>(mean), at<float>(m2), at<float>(count), at<float>(out_mean), at<float>(out_rstd),
+                           std::get<1>(s), std::get<2>(s), std::get<3>(s), eps};
+  };
+  m.def("merge_stats_emulated",
+        [merge_args](Tiles s, address mean, address m2, address count, double eps, address out_mean, address out_rstd) {
+          t2ct::merge_stats_emulated(merge_args(s, mean, m2, count, eps, out_mean, out_rstd), std::get<0>(s));
+        },
+        release(), "merge_stats on addresses of the CPU, with the same bits.");
+#ifdef T2CT_CUDA
+  m.attr("cuda_targets") = std::vector<std::string>{T2CT_CUDA};
+  m.attr("cuda_absent") = "";
+  m.def("cuda_driver_missing", &t2ct::driver_missing, "Why there is no CUDA driver to use; empty where there is one.");
+  m.def("merge_stats",
+        [merge_args](Tiles s, address mean, address m2, address count, double eps, address out_mean, address out_rstd,
+                     int device, address stream) {
+          t2ct::merge_stats(merge_args(s, mean, m2, count, eps, out_mean, out_rstd), std::get<0>(s), device,
+                            at<void>(stream));
+        },
+        release(),
+        "Statistics of tiles -> mean and rstd (samples, groups) on a device and its stream, all float32. shape: "
+        "(samples, tiles, channels, groups); mean, m2 (samples, tiles, channels); count (tiles).");
+#else
+  m.attr("cuda_targets") = std::vector<std::string>{};
+  m.attr("cuda_absent") = T2CT_CUDA_ABSENT;
+#endif
 }

@@ -17,6 +17,7 @@ from t2ct.ops import (
     group_norm,
     group_norm_silu,
     group_stats,
+    merge,
     merge_stats,
     norm,
     use_backend,
@@ -278,7 +279,8 @@ def test_no_silent_fallback():
 
 def test_explain_lists_every_op():
     rows = explain_rows("cpu")
-    assert [row[1] for row in rows] == [*norm.TABLES, *conv.TABLES] and all(row[0] == "cpu" and row[3] for row in rows)
+    assert [row[1] for row in rows] == [*norm.TABLES, *conv.TABLES, *merge.TABLES]
+    assert all(row[0] == "cpu" and row[3] for row in rows)
     with use_backend("reference"):
         assert all(row[2] == "reference" and "forced" in row[3] for row in explain_rows("cpu"))
     assert len(explain("cpu").splitlines()) == len(rows) + 1

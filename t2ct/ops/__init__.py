@@ -3,7 +3,8 @@
 from t2ct.ops.conv import conv3d, upsample_conv3d
 from t2ct.ops.dispatch import use_backend
 from t2ct.ops.explain import explain, explain_rows
+from t2ct.ops.merge import merge_partials
 from t2ct.ops.norm import group_apply, group_norm, group_norm_silu, group_stats, merge_stats
 
 __all__ = ["conv3d", "explain", "explain_rows", "group_apply", "group_norm", "group_norm_silu", "group_stats",
-           "merge_stats", "upsample_conv3d", "use_backend"]
+           "merge_partials", "merge_stats", "upsample_conv3d", "use_backend"]

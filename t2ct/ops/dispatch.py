@@ -81,7 +81,38 @@ def why_not(backend: str, device: str, dtype: torch.dtype, channels_last: bool =
             return "it reads channels_last memory; other layouts run on the reference"
     if backend == "triton":
         return _why_not_triton(device, dtype, channels_last)
+    if backend == "cuda":
+        return _why_not_cuda(device)
     return None
+
+
+_NO_GPU = "torch sees no GPU: torch.cuda.is_available() is False"
+
+
+def _why_not_cuda(device: str) -> str | None:
+    if device != "cuda":
+        return f"the tensors are on {device}"
+    if _C is None:
+        return _no_native
+    if not _C.cuda_targets:
+        return f"t2ct._C was built without CUDA kernels ({_C.cuda_absent})"
+    missing = _C.cuda_driver_missing()
+    if missing or not torch.cuda.is_available():
+        return missing or _NO_GPU
+    capability = torch.cuda.get_device_capability()
+    if not any(serves(target, capability) for target in _C.cuda_targets):
+        return f"its kernels are built for {', '.join(_C.cuda_targets)}, not for compute capability {capability}"
+    return None
+
+
+def serves(target: str, capability: tuple[int, int]) -> bool:
+    """Does code for `target` run on such a GPU? compute_80 (PTX) on 8.0 and all later ones; sm_80 on 8.0 to 8.9;
+    sm_90a on 9.0 alone."""
+    kind, _, number = target.rstrip("a").partition("_")
+    built = (int(number) // 10, int(number) % 10)
+    if target.endswith("a"):
+        return capability == built
+    return capability >= built and (kind == "compute" or capability[0] == built[0])
 
 
 def _why_not_triton(device: str, dtype: torch.dtype, channels_last: bool) -> str | None:
@@ -90,8 +121,11 @@ def _why_not_triton(device: str, dtype: torch.dtype, channels_last: bool) -> str
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device != "cuda" and not (interpreted and device == "cpu"):
         return f"the tensors are on {device}"
-    if device == "cuda" and not interpreted and torch.cuda.get_device_capability() < (8, 0):
-        return "it takes a GPU of compute capability 8.0 or more"
+    if device == "cuda" and not interpreted:
+        if not torch.cuda.is_available():
+            return _NO_GPU
+        if torch.cuda.get_device_capability() < (8, 0):
+            return "it takes a GPU of compute capability 8.0 or more"
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"it takes float16, bfloat16 and float32, not {str(dtype).removeprefix('torch.')}"
     if not channels_last:

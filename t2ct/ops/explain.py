@@ -2,10 +2,10 @@
 
 import torch
 
-from t2ct.ops import conv, norm, norm_cpu
+from t2ct.ops import conv, merge, norm, norm_cpu
 from t2ct.ops.dispatch import UNPROVEN, candidates, forced, native, why_not
 
-TABLES = {**norm.TABLES, **conv.TABLES}
+TABLES = {**norm.TABLES, **conv.TABLES, **merge.TABLES}
 
 
 def explain_rows(device: str | torch.device | None = None) -> list[tuple[str, str, str, str]]:
@@ -30,6 +30,8 @@ def _what(backend):
     if backend == "cpu":
         threads = torch.get_num_threads()
         return f"compiled, {native().isas()[norm_cpu.ISA]}, {threads} thread{'s' * (threads != 1)}"
+    if backend == "cuda":
+        return f"compiled for {', '.join(native().cuda_targets)}"
     return "plain torch"
 
 
