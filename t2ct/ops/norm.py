@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from t2ct.ops import norm_cpu
-from t2ct.ops.dispatch import choose, is_channels_last, watched
+from t2ct.ops.dispatch import choose, is_channels_last, kernel, watched
 
 
 def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -55,10 +55,11 @@ def _apply_reference(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias
 
 
 # Backends in order of preference; every one returns the same tensors, statistics in float32 or wider.
-FORWARD = {"cpu": norm_cpu.group_norm, "reference": _reference}
-BACKWARD = {"cpu": norm_cpu.group_norm_backward, "reference": _backward_reference}
-STATS = {"cpu": norm_cpu.group_stats, "reference": _stats_reference}
-APPLY = {"cpu": norm_cpu.group_apply, "reference": _apply_reference}
+FORWARD = {"triton": kernel("norm", "group_norm"), "cpu": norm_cpu.group_norm, "reference": _reference}
+BACKWARD = {"triton": kernel("norm_backward", "group_norm_backward"), "cpu": norm_cpu.group_norm_backward,
+            "reference": _backward_reference}
+STATS = {"triton": kernel("norm", "group_stats"), "cpu": norm_cpu.group_stats, "reference": _stats_reference}
+APPLY = {"triton": kernel("norm", "group_apply"), "cpu": norm_cpu.group_apply, "reference": _apply_reference}
 TABLES = {"group_norm": FORWARD, "group_norm_backward": BACKWARD, "group_stats": STATS, "group_apply": APPLY}
 
 
