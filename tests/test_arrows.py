@@ -20,6 +20,7 @@ LAYERS = (
 # Beside the models: volumes, files and words, seen from the pipeline on, seeing only one another.
 BESIDE = {"data", "volume", "files", "text"}
 MAX_LINES, MAX_ENTRIES = 400, 16
+ALLOWED_IN_KERNELS = ("torch", "triton", "math", "functools", "dataclasses")
 
 
 def sources(*folders):
@@ -58,7 +59,7 @@ def test_arrows(path):
 @pytest.mark.parametrize("path", sources("kernels"), ids=lambda p: p.name)
 def test_kernels_import_only_torch_and_triton(path):
     for name, line in imported(path):
-        good = name.startswith("t2ct.kernels.") or name.split(".")[0] in ("torch", "triton", "math", "functools")
+        good = name.startswith("t2ct.kernels.") or name.split(".")[0] in ALLOWED_IN_KERNELS
         assert good, f"{path}:{line} imports {name}"
 
 

@@ -137,7 +137,7 @@ def test_hooks_of_the_models_convolutions_run():
     layer, seen = Conv(4, 4), []
     layer.conv.register_forward_hook(lambda *_: seen.append(1))
     x = make((1, 4, 2, 2, 2), 4, torch.float32)[0]
-    assert layer(x).shape == x.shape and layer(x, doubled=True).shape == (1, 4, 4, 4, 4) and len(seen) == 2
+    assert layer(x).shape == x.shape and layer(x, doubled="nearest").shape == (1, 4, 4, 4, 4) and len(seen) == 2
 
 
 @pytest.mark.parametrize("op", (conv3d, upsample_conv3d))

@@ -214,14 +214,14 @@ def test_channels_last_all_the_way(monkeypatch):
     seen = []
 
     def spy(function):
-        def call(x, *args):
+        def call(x, *args, **kwargs):
             seen.append(x.is_contiguous(memory_format=torch.channels_last_3d))
-            return function(x, *args)
+            return function(x, *args, **kwargs)
 
         return call
 
-    monkeypatch.setattr(layers.ops, "group_norm", spy(ops.group_norm))
-    monkeypatch.setattr(layers.ops, "group_norm_silu", spy(ops.group_norm_silu))
+    for name in ("group_norm", "group_norm_silu", "group_norm_silu_conv3d_stats"):
+        monkeypatch.setattr(layers.ops, name, spy(getattr(ops, name)))
     vae, unet = VAE(VAES[0][0]), UNet(UNETS[0][0])
     with torch.no_grad():
         vae.decode(vae.encode(torch.rand(1, 1, 16, 16, 16))[0])

@@ -1,20 +1,20 @@
 """The few layers the VAE and the UNet share: convolutions under their published names, GroupNorm through t2ct.ops."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2ct import ops
 
 
 class Conv3d(nn.Conv3d):
-    """nn.Conv3d through t2ct.ops; with doubled=True of x doubled along each axis by nearest neighbour."""
+    """nn.Conv3d through t2ct.ops, plus `residual`; doubled="nearest" or "trilinear" convolves x at twice its size."""
 
-    def forward(self, x: Tensor, doubled: bool = False) -> Tensor:
+    def forward(self, x: Tensor, doubled: str | None = None, residual: Tensor | None = None) -> Tensor:
         # torch leaves channels-last for a one-channel input and for small volumes on a CPU; elsewhere this is no work
         if doubled:
-            return channels_last(ops.upsample_conv3d(x, self.weight, self.bias))
-        return channels_last(ops.conv3d(x, self.weight, self.bias, self.stride[0], self.padding[0]))  # type: ignore[arg-type]
+            return channels_last(ops.upsample_conv3d(x, self.weight, self.bias, doubled))
+        stride, padding = self.stride[0], self.padding[0]
+        return channels_last(ops.conv3d(x, self.weight, self.bias, stride, padding, residual))  # type: ignore[arg-type]
 
 
 class Conv(nn.Module):
@@ -30,8 +30,8 @@ class Conv(nn.Module):
         padding = kernel // 2 if padding is None else padding
         self.conv = Conv3d(in_channels, out_channels, kernel, stride, padding)
 
-    def forward(self, x: Tensor, doubled: bool = False) -> Tensor:
-        return self.conv(x, doubled)
+    def forward(self, x: Tensor, doubled: str | None = None, residual: Tensor | None = None) -> Tensor:
+        return self.conv(x, doubled, residual)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -48,30 +48,37 @@ class GroupNormSiLU(nn.GroupNorm):
         return ops.group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps)
 
 
+def norm_silu_conv(
+    norm: nn.Module,
+    conv: nn.Module,
+    x: Tensor,
+    residual: Tensor | None = None,
+    channel_bias: Tensor | None = None,
+    stats: ops.Stats | None = None,
+    following: nn.Module | None = None,
+) -> tuple[Tensor, ops.Stats | None]:
+    """conv(norm(x)) [+ channel_bias] [+ residual] as one op, and the statistics of the result for the norm `following`.
+
+    conv: a Conv. Modules that somebody has put in its place, or hooked, are called as they are.
+    """
+    *outer, last = conv.modules()
+    hooked = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in (norm, *outer, last))
+    if type(norm) is GroupNormSiLU and type(last) is Conv3d and len(outer) <= 2 and not hooked:
+        y, stats = ops.group_norm_silu_conv3d_stats(
+            x, norm.weight, norm.bias, last.weight, last.bias, norm.num_groups, norm.eps, residual,
+            channel_bias=channel_bias, stats=stats,
+            next_groups=following.num_groups if type(following) is GroupNormSiLU else 0,
+        )  # fmt: skip
+        return channels_last(y), stats
+    h = conv(norm(x))
+    if channel_bias is not None:
+        h = h + channel_bias[:, :, None, None, None]
+    return h if residual is None else h + residual, None
+
+
 def channels_last(x: Tensor) -> Tensor:
     """x with channels innermost in memory: what every op behind a model's door expects."""
     return x.contiguous(memory_format=torch.channels_last_3d)
-
-
-def upsample_nearest(x: Tensor) -> Tensor:
-    """(B, C, X, Y, Z) -> (B, C, 2X, 2Y, 2Z), each voxel repeated."""
-    return F.interpolate(x, scale_factor=2.0, mode="nearest")
-
-
-def upsample_trilinear(x: Tensor) -> Tensor:
-    """(B, C, X, Y, Z) -> (B, C, 2X, 2Y, 2Z), trilinear with align_corners=False, as MAISI's decoder does."""
-    return F.interpolate(x, scale_factor=2.0, mode="trilinear")
-
-
-def average_pool(x: Tensor) -> Tensor:
-    """(B, C, X, Y, Z), even axes -> (B, C, X/2, Y/2, Z/2), each the mean of 2x2x2 voxels, rounded once to x's dtype.
-
-    Three strided additions: on a CPU torch's avg_pool3d leaves channels-last, is an order slower and has no bfloat16.
-    """
-    h = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    h = h[:, :, ::2] + h[:, :, 1::2]
-    h = h[:, :, :, ::2] + h[:, :, :, 1::2]
-    return ((h[..., ::2] + h[..., 1::2]) * 0.125).to(x.dtype)
 
 
 def zeroed(module: nn.Module) -> nn.Module:

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from t2ct import ops
 from t2ct.models.attention import attention
-from t2ct.models.layers import Conv, GroupNorm, GroupNormSiLU, average_pool, upsample_nearest, zeroed
+from t2ct.models.layers import Conv, GroupNorm, GroupNormSiLU, norm_silu_conv, zeroed
 
 if TYPE_CHECKING:
     from t2ct.models.unet import UNetConfig
@@ -49,16 +50,20 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if same else Conv(in_channels, out_channels, kernel=1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.norm1(x)
-        if self.resample == "down":
-            x, h = average_pool(x), average_pool(h)
-        h = self.conv1(h, doubled=self.resample == "up")
-        h += self.time_emb_proj(emb)[:, :, None, None, None]  # in place: no gradient needs a convolution's output
-        h = self.conv2(self.norm2(h))
+        time, stats = self.time_emb_proj(emb), None
+        if self.resample is None:
+            h, stats = norm_silu_conv(self.norm1, self.conv1, x, None, time, None, self.norm2)
+        else:
+            h = self.norm1(x)
+            if self.resample == "down":
+                x, h = ops.average_pool(x), ops.average_pool(h)
+            h = self.conv1(h, doubled="nearest" if self.resample == "up" else None)
+            h += time[:, :, None, None, None]  # in place: no gradient needs a convolution's output
         if self.resample == "up":
-            x = upsample_nearest(x)
-        h += self.skip_connection(x)
-        return h
+            x = ops.upsample(x)
+        same = isinstance(self.skip_connection, nn.Identity)
+        h, _ = norm_silu_conv(self.norm2, self.conv2, h, x if same else None, None, stats)
+        return h if same else self.skip_connection(x, residual=h)
 
 
 class Attention(nn.Module):

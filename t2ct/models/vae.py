@@ -17,7 +17,7 @@ from t2ct.models.layers import (
     channels_last,
     check_channels,
     check_volume,
-    upsample_trilinear,
+    norm_silu_conv,
 )
 
 HU_MIN, HU_MAX = -1000.0, 1000.0  # the window in which the networks see a CT
@@ -60,8 +60,8 @@ class DoubleConv(nn.Module):
         super().__init__()
         self.conv = Conv(in_channels, out_channels, kernel, stride, padding)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
+    def forward(self, x: Tensor, doubled: str | None = None, residual: Tensor | None = None) -> Tensor:
+        return self.conv(x, doubled, residual)
 
 
 class ResBlock(nn.Module):
@@ -77,9 +77,10 @@ class ResBlock(nn.Module):
         self.nin_shortcut = nn.Identity() if same else DoubleConv(in_channels, out_channels, kernel=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv2(self.norm2(self.conv1(self.norm1(x))))
-        h += self.nin_shortcut(x)  # in place: h is ours, and a convolution's gradient does not need its output
-        return h
+        h, stats = norm_silu_conv(self.norm1, self.conv1, x, following=self.norm2)
+        same = isinstance(self.nin_shortcut, nn.Identity)
+        h, _ = norm_silu_conv(self.norm2, self.conv2, h, x if same else None, stats=stats)
+        return h if same else self.nin_shortcut(x, residual=h)
 
 
 class Downsample(nn.Module):
@@ -101,7 +102,7 @@ class Upsample(nn.Module):
         self.conv = DoubleConv(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(upsample_trilinear(x))
+        return self.conv(x, doubled="trilinear")
 
 
 class Stack(nn.Module):

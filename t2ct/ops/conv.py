@@ -1,17 +1,20 @@
 """conv3d and upsample_conv3d on x of shape (N, C, X, Y, Z).
 
-The faster forms of the tables are for inference on a CPU. Gradients, compilation, autocast and shapes that no form here
-serves are torch's own convolution, also where a backend is forced; a forced one that an inference cannot have raises.
+Triton's forms have gradients and run where they are forced or, once measured, preferred. The other fast forms are for
+inference on a CPU; gradients, compilation, autocast and shapes that they do not serve are torch's own convolution. A
+forced form that cannot run raises.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from t2ct.ops import conv_cpu
-from t2ct.ops.dispatch import choose, forced, is_channels_last, watched
+from t2ct.ops import conv_autograd, conv_cpu
+from t2ct.ops.dispatch import Table, candidates, choose, forced, is_channels_last, refusal, watched
 
 # csrc reads a convolution's weights once where oneDNN, which reorders them, moves them three times; that pays where
 # there are many weights and few voxels (benchmarks/bench_conv.py).
@@ -24,8 +27,8 @@ def _reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.conv3d(x, weight, bias, padding=1)
 
 
-def _doubled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return conv3d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias)
+def _doubled(x: Tensor, weight: Tensor, bias: Tensor | None, mode: str = "nearest") -> Tensor:
+    return conv3d(F.interpolate(x, scale_factor=2.0, mode=mode), weight, bias)
 
 
 def _folded(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -47,8 +50,8 @@ def _folded(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
-CONV = {"cpu": conv_cpu.conv3d, "reference": _reference}
-UPSAMPLE = {"cpu": _folded, "reference": _doubled}
+CONV: Table = {"triton": conv_autograd.conv3d, "cpu": conv_cpu.conv3d, "reference": _reference}
+UPSAMPLE: Table = {"triton": conv_autograd.upsample_conv3d, "cpu": _folded, "reference": _doubled}
 TABLES = {"conv3d": CONV, "upsample_conv3d": UPSAMPLE}
 NOTES = {  # for explain(); {what} is what runs
     ("conv3d", "cpu"): "{what}: 3x3x3 without gradient, at most "
@@ -57,43 +60,91 @@ NOTES = {  # for explain(); {what} is what runs
 }
 
 
-def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 1) -> Tensor:
-    """Convolution, differentiable.
+def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 1,
+           residual: Tensor | None = None, *, channel_bias: Tensor | None = None) -> Tensor:
+    """Convolution [+ channel_bias] [+ residual], differentiable.
 
-    x       (N, C, X, Y, Z), floating, any memory format
-    weight  (O, C, K, K, K); bias (O,) or None; both in x's dtype and on its device
-    Returns (N, O, X', Y', Z') in x's dtype, in the memory format that the form which ran gives it.
-    Raises  ValueError for other shapes and devices; RuntimeError, torch's own, for mixed dtypes.
+    x            (N, C, X, Y, Z), floating, any memory format
+    weight       (O, C, K, K, K); bias (O,) or None; both in x's dtype and on its device
+    residual     like the result, added; channel_bias (N, O), added at every voxel
+    Returns      (N, O, X', Y', Z') in x's dtype, in the memory format that the form which ran gives it.
+    Raises       ValueError for other shapes and devices; RuntimeError for mixed dtypes (torch's own) and for a forced
+                 backend that cannot run.
     """
-    _check("conv3d", x, weight, bias)
+    check("conv3d", x, weight, bias, residual, channel_bias)
+    if _perhaps_triton(x):
+        x, weight, bias, residual, channel_bias = autocast(x, weight, bias, residual, channel_bias)
+        if by_triton("conv3d", x, weight, stride):
+            return conv_autograd.conv3d(x, weight, bias, residual, channel_bias, stride, padding)
+    y = _conv3d(x, weight, bias, stride, padding)
+    if channel_bias is not None:
+        y += channel_bias[:, :, None, None, None]  # in place: no gradient needs a convolution's output
+    if residual is not None:
+        y += residual
+    return y
+
+
+def _conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
     if _inference(x, weight, bias) and tuple(weight.shape[2:]) == (3, 3, 3) and (stride, padding) == (1, 1):
         voxels = x.shape[0] * x.shape[2:].numel()
         pays = voxels <= conv_cpu.fast_voxels() and weight.numel() >= MANY_WEIGHTS and weight.is_contiguous()
-        if forced() in CONV or (pays and conv_cpu.refusal(x) is None):
-            return choose("conv3d", CONV, x)[1](x, weight, bias)
+        if forced() == "cpu" or (forced() not in CONV and pays and conv_cpu.refusal(x) is None):
+            return choose("conv3d", {"cpu": CONV["cpu"]}, x)[1](x, weight, bias)
     return F.conv3d(x, weight, bias, stride, padding)
 
 
-def upsample_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Nearest-neighbour doubling of every axis, then a 3x3x3 convolution with padding 1; differentiable.
+def upsample_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, mode: str = "nearest") -> Tensor:
+    """Doubling of every axis, then a 3x3x3 convolution with padding 1; differentiable.
 
     x       (N, C, X, Y, Z), floating, any memory format
     weight  (O, C, 3, 3, 3); bias (O,) or None; both in x's dtype and on its device
+    mode    "nearest" or "trilinear" (align_corners=False)
     Returns (N, O, 2X, 2Y, 2Z) in x's dtype, in the memory format that the form which ran gives it.
-    Raises  ValueError for other shapes and devices; RuntimeError, torch's own, for mixed dtypes.
+    Raises  ValueError for other shapes, devices and modes; RuntimeError as `conv3d`.
 
-    Folded, each of the eight phases of the result sees 2x2x2 voxels of x under sums of the 27 weights: 8
-    multiplications instead of 27, and the doubled volume is never written.
+    Folded, each of the eight phases of the result sees x under sums of the 27 weights, and the doubled volume is never
+    written: nearest takes 8 multiplications instead of 27, trilinear 27 as before.
     """
-    _check("upsample_conv3d", x, weight, bias)
+    check("upsample_conv3d", x, weight, bias)
     if tuple(weight.shape[2:]) != (3, 3, 3):
         raise ValueError(f"upsample_conv3d: weight must be (O, C, 3, 3, 3), got {tuple(weight.shape)}")
-    if _inference(x, weight, bias) and x.device.type == "cpu":
-        if forced() in UPSAMPLE:
+    if mode not in ("nearest", "trilinear"):
+        raise ValueError(f'upsample_conv3d: mode must be "nearest" or "trilinear", got {mode!r}')
+    if _perhaps_triton(x):
+        x, weight, bias = autocast(x, weight, bias)
+        if by_triton("upsample_conv3d", x, weight):
+            return conv_autograd.upsample_conv3d(x, weight, bias, mode)
+    if mode == "nearest" and _inference(x, weight, bias) and x.device.type == "cpu":
+        if forced() == "cpu":
             return choose("upsample_conv3d", UPSAMPLE, x)[1](x, weight, bias)
-        if x.shape[2:].numel() >= FOLD_VOXELS:
+        if forced() not in UPSAMPLE and x.shape[2:].numel() >= FOLD_VOXELS:
             return _folded(x, weight, bias)
-    return _doubled(x, weight, bias)
+    return _doubled(x, weight, bias, mode)
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors in the dtype of the autocast region, where there is one: as torch casts for its own convolutions."""
+    kind = next(t.device.type for t in tensors if t is not None)
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(None if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def _perhaps_triton(x: Tensor) -> bool:
+    return x.device.type == "cuda" or forced() == "triton"
+
+
+def by_triton(op: str, x: Tensor, weight: Tensor, stride: int = 1) -> bool:
+    """Does Triton's kernel run? Where it is forced and cannot, RuntimeError says why."""
+    if "triton" not in candidates(CONV) or weight.dtype != x.dtype:  # mixed dtypes: torch's own error
+        return False
+    reason = refusal("triton", x)
+    if reason is None and (weight.shape[2:].numel(), stride) not in ((1, 1), (27, 1), (27, 2)):
+        reason = f"it has 3x3x3 of stride 1 and 2, and 1x1x1, not {tuple(weight.shape[2:])} of stride {stride}"
+    if reason is not None and forced() == "triton":
+        raise RuntimeError(f"{op}: backend 'triton' cannot run: {reason}")
+    return reason is None
 
 
 def _inference(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -105,13 +156,19 @@ def _inference(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return not learns and not torch.is_autocast_enabled(x.device.type)
 
 
-def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None,
+          channel_bias: Tensor | None = None) -> None:
+    """ValueError unless the shapes and devices of a convolution's arguments fit."""
     if x.dim() != 5 or not x.numel() or not x.is_floating_point():
         raise ValueError(f"{op}: x must be non-empty, floating (N, C, X, Y, Z), got {tuple(x.shape)} {x.dtype}")
     if weight.dim() != 5 or weight.shape[1] != x.shape[1]:
         raise ValueError(f"{op}: weight must be (O, {x.shape[1]}, K, K, K), got {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{op}: bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
-    for name, t in (("weight", weight), ("bias", bias)):
+    if channel_bias is not None and channel_bias.shape != (len(x), len(weight)):
+        raise ValueError(f"{op}: channel_bias must be ({len(x)}, {len(weight)}), got {tuple(channel_bias.shape)}")
+    if residual is not None and (residual.dim() != 5 or residual.shape[:2] != (len(x), len(weight))):
+        raise ValueError(f"{op}: residual must be ({len(x)}, {len(weight)}, X, Y, Z), got {tuple(residual.shape)}")
+    for name, t in (("weight", weight), ("bias", bias), ("residual", residual), ("channel_bias", channel_bias)):
         if t is not None and t.device != x.device:  # torch would take a meta weight and make up numbers
             raise ValueError(f"{op}: {name} must be on {x.device}, got {t.device}")

@@ -2,10 +2,10 @@
 
 import torch
 
-from t2ct.ops import conv, merge, norm, norm_cpu
+from t2ct.ops import conv, merge, norm, norm_cpu, resample
 from t2ct.ops.dispatch import UNPROVEN, candidates, forced, native, why_not
 
-TABLES = {**norm.TABLES, **conv.TABLES, **merge.TABLES}
+TABLES = {**norm.TABLES, **conv.TABLES, **merge.TABLES, **resample.TABLES}
 
 
 def explain_rows(device: str | torch.device | None = None) -> list[tuple[str, str, str, str]]:
@@ -21,6 +21,8 @@ def _why(op, table, device):
     for backend in tried:
         reason = why_not(backend, device, torch.float32) or (None if backend == forced() else UNPROVEN.get(backend))
         if reason is None:
+            if backend == "cpu":  # that GPU backends want a GPU is no news
+                refused = [r for r in refused if "tensors are on cpu" not in r]
             return backend, "; ".join(refused) or conv.NOTES.get((op, backend), "{what}").format(what=_what(backend))
         refused.append(f"{backend}: {reason}")
     return "none", "; ".join(refused)

@@ -1,0 +1,65 @@
+"""What an op must do at least (bytes through memory, matrix operations, exponentials) and how long chips need for that.
+
+Peaks are the makers' (dense, float16 with float32 accumulation) except H200's, which are shared measurements of its
+matrix units and memory under load. Exponentials: 16 a clock and multiprocessor.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Chip:
+    flops: float  # a second
+    bytes: float
+    exps: float
+
+
+CHIPS = {
+    "H200": Chip(790e12, 4.3e12, 16 * 132 * 1.755e9),
+    "A100": Chip(312e12, 1.9e12, 16 * 108 * 1.41e9),
+    "RTX 4090": Chip(165e12, 1.0e12, 16 * 128 * 2.52e9),
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    bytes: float
+    flops: float = 0.0
+    exps: float = 0.0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.bytes + other.bytes, self.flops + other.flops, self.exps + other.exps)
+
+    def seconds(self, chip: Chip) -> float:
+        """The slowest of the three, the others hidden behind it: no kernel is faster."""
+        return max(self.bytes / chip.bytes, self.flops / chip.flops, self.exps / chip.exps)
+
+    def bound(self, chip: Chip) -> str:
+        times = {"memory": self.bytes / chip.bytes, "matrix": self.flops / chip.flops, "exp": self.exps / chip.exps}
+        return max(times, key=lambda k: times[k])
+
+
+def norm_silu(shape, itemsize: int, gradient: bool = False) -> Work:
+    """Forward: x read twice, y written. Gradient: x and dy read twice, dx written; silu again."""
+    n = 1
+    for m in shape:
+        n *= m
+    forward = Work(3 * n * itemsize, exps=2 * n)
+    return forward + Work(5 * n * itemsize, exps=2 * n) if gradient else forward
+
+
+def conv(shape, outputs: int, itemsize: int, taps: int = 27, gradient: bool = False) -> Work:
+    """x and weights read, y written, once; two operations a weight and voxel. Gradient: the same twice more."""
+    n, c, *size = shape
+    voxels = n
+    for m in size:
+        voxels *= m
+    weights = taps * c * outputs
+    forward = Work((voxels * (c + outputs) + weights) * itemsize, 2.0 * voxels * weights)
+    return Work(3 * forward.bytes, 3 * forward.flops) if gradient else forward
+
+
+def attention(b: int, h: int, n: int, d: int, itemsize: int, gradient: bool = False) -> Work:
+    """q, k, v, out once; four operations a score and dimension, one exponential a score. Gradient: 2.5 times more."""
+    forward = Work(4.0 * b * h * n * d * itemsize, 4.0 * b * h * n * n * d, float(b * h * n * n))
+    return forward + Work(2 * forward.bytes, 2.5 * forward.flops, forward.exps) if gradient else forward

@@ -1,0 +1,135 @@
+"""group_norm_silu_conv3d: half a residual block as one op, whose gradient recomputes what it would else have kept."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from t2ct.ops import conv, norm
+from t2ct.ops.conv_autograd import bias_gradient, channel_bias_gradient, last
+from t2ct.ops.dispatch import choose, kernel, watched
+
+Stats = tuple[Tensor, Tensor]  # mean and rstd of every group, (N, groups), float32 or wider
+
+
+def group_norm_silu_conv3d(
+    x: Tensor,
+    gn_weight: Tensor,
+    gn_bias: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    groups: int,
+    eps: float = 1e-6,
+    residual: Tensor | None = None,
+    *,
+    channel_bias: Tensor | None = None,
+) -> Tensor:
+    """conv3d(silu(group_norm(x))) [+ channel_bias] [+ residual], 3x3x3 with padding 1; differentiable.
+
+    x                   (N, C, X, Y, Z), floating, any memory format; channels-last is fast
+    gn_weight, gn_bias  (C,); conv_weight (O, C, 3, 3, 3); conv_bias (O,) or None
+    residual            (N, O, X, Y, Z), added; channel_bias (N, O), added at every voxel (a time embedding)
+    Returns             (N, O, X, Y, Z) in x's dtype; under autocast in its dtype
+    Raises              ValueError and TypeError as `group_norm` and `conv3d`
+
+    For the gradient x and the statistics of its groups are kept; the activated tensor is made again.
+    """
+    return group_norm_silu_conv3d_stats(
+        x, gn_weight, gn_bias, conv_weight, conv_bias, groups, eps, residual, channel_bias=channel_bias
+    )[0]
+
+
+def group_norm_silu_conv3d_stats(
+    x: Tensor,
+    gn_weight: Tensor,
+    gn_bias: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    groups: int,
+    eps: float = 1e-6,
+    residual: Tensor | None = None,
+    *,
+    channel_bias: Tensor | None = None,
+    stats: Stats | None = None,
+    next_groups: int = 0,
+) -> tuple[Tensor, Stats | None]:
+    """`group_norm_silu_conv3d` in a chain: takes the statistics of x where they are known, and returns those of y for a
+    GroupNorm of next_groups groups and the same eps, or None where they are not free (only Triton's are)."""
+    op = "group_norm_silu_conv3d"
+    norm._check(op, x, gn_weight, gn_bias, groups)
+    conv.check(op, x, conv_weight, conv_bias, residual, channel_bias)
+    if tuple(conv_weight.shape[2:]) != (3, 3, 3):
+        raise ValueError(f"{op}: conv_weight must be (O, C, 3, 3, 3), got {tuple(conv_weight.shape)}")
+    if watched(x):  # a compiler sees the pieces, and decides itself what to keep
+        a = norm.group_norm_silu(x, gn_weight, gn_bias, groups, eps)
+        return conv.conv3d(a, conv_weight, conv_bias, residual=residual, channel_bias=channel_bias), None
+    tensors = (x, gn_weight, gn_bias, conv_weight, conv_bias, residual, channel_bias)
+    mean, rstd = stats or (None, None)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        y, *following = _NormConv.apply(*tensors, mean, rstd, groups, eps, next_groups)
+    else:
+        y, *following = _forward(*tensors, mean, rstd, groups, eps, next_groups)[0]
+    return y, tuple(following) or None
+
+
+def _forward(x, gn_weight, gn_bias, weight, bias, residual, channel_bias, mean, rstd, groups, eps, next_groups):
+    """((y,) or (y, mean, rstd) of y's groups), then mean and rstd of x's."""
+    x = norm._dense(x)
+    if mean is None:
+        a, mean, rstd = choose("group_norm", norm.FORWARD, x)[1](x, gn_weight, gn_bias, groups, eps, True)
+    else:
+        a = choose("group_apply", norm.APPLY, x)[1](
+            x, mean, rstd, gn_weight, gn_bias, groups, True, torch.empty_like(x)
+        )
+    a, weight, bias, residual, channel_bias = conv.autocast(a, weight, bias, residual, channel_bias)
+    if not conv.by_triton("group_norm_silu_conv3d", a, weight):
+        with torch.autocast(x.device.type, enabled=False):
+            return (conv.conv3d(a, weight, bias, residual=residual, channel_bias=channel_bias),), mean, rstd
+    fused = {"residual": None if residual is None else last(residual), "channel_bias": channel_bias}
+    launch = kernel("conv", "conv3d")
+    if not next_groups:
+        return (launch(a, weight, bias, 1, 1, **fused),), mean, rstd
+    y, parts = launch(a, weight, bias, 1, 1, **fused, stats=True)
+    return (y, *kernel("norm", "merge_stats")(*parts, next_groups, eps)[:2]), mean, rstd
+
+
+class _NormConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, gn_weight, gn_bias, weight, bias, residual, channel_bias, mean, rstd, groups, eps, following):
+        out, mean, rstd = _forward(
+            x, gn_weight, gn_bias, weight, bias, residual, channel_bias, mean, rstd, groups, eps, following
+        )
+        ctx.save_for_backward(norm._dense(x), gn_weight, gn_bias, weight, bias, channel_bias, mean, rstd)
+        ctx.groups, ctx.dtype = groups, out[0].dtype
+        ctx.residual = None if residual is None else residual.dtype
+        ctx.mark_non_differentiable(*out[1:])
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, *_):
+        x, gn_weight, gn_bias, weight, bias, channel_bias, mean, rstd = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        a = choose("group_apply", norm.APPLY, x)[1](
+            x, mean, rstd, gn_weight, gn_bias, ctx.groups, True, torch.empty_like(x)
+        )
+        da, dw = _conv_gradient(dy, a.to(ctx.dtype), weight.to(ctx.dtype), (any(wanted[:3]), wanted[3]))
+        dx = dgw = dgb = None
+        if da is not None:
+            dx, dgw, dgb = choose("group_norm_backward", norm.BACKWARD, x)[1](
+                da.to(x.dtype), x, gn_weight, gn_bias, mean, rstd, ctx.groups, True
+            )
+        dw = None if dw is None else dw.to(weight.dtype)
+        residual = None if ctx.residual is None else dy.to(ctx.residual)
+        return (dx, dgw, dgb, dw, bias_gradient(dy, bias), residual, channel_bias_gradient(dy, channel_bias),
+                None, None, None, None, None)  # fmt: skip
+
+
+def _conv_gradient(dy: Tensor, a: Tensor, weight: Tensor, wanted: tuple[bool, bool]):
+    if conv.by_triton("group_norm_silu_conv3d", a, weight):
+        return kernel("conv", "conv3d_backward")(last(dy), a, weight, 1, 1, wanted)
+    return torch.ops.aten.convolution_backward(
+        dy, a, weight, None, [1] * 3, [1] * 3, [1] * 3, False, [0] * 3, 1, [*wanted, False]
+    )[:2]
+
+
