@@ -1,99 +1,213 @@
-"""Doubling and halving of channels-last volumes, and their gradients: each a gather of few taps an axis, no atomics."""
+"""Doubling and halving of channels-last volumes: memory is (N, D, H, W, C), a program holds voxels of a plane x channels.
+
+Each kernel gathers, so that no two programs write to one place: same input, same bits.
+
+  repeat       every voxel to 2x2x2 voxels, times a scale: nearest x2 (1), gradient of the average pool (1/8)
+  pool         the sum of 2x2x2 voxels, times a scale: average pool (1/8), gradient of nearest x2 (1)
+  trilinear    x2 with align_corners=False: 8 neighbours make the 8 voxels that lie between them
+  its gradient each voxel from the 4x4x4 that it went into
+
+x is float16, bfloat16 or float32, sums are float32, offsets int64.
+"""
 
 import torch
 import triton
 import triton.language as tl
-from t2ct.kernels.plan import interpreted, power
+from t2ct.kernels.norm import CHANNELS, INTERPRETED, channel_block
 from torch import Tensor
 
-NEAREST, TRILINEAR, SUM, TRILINEAR_GRADIENT = 0, 1, 2, 3
-TAPS = {NEAREST: 1, TRILINEAR: 2, SUM: 2, TRILINEAR_GRADIENT: 4}
+
+@triton.jit
+def _place(planes, height, width, C, BS: tl.constexpr, BC: tl.constexpr):
+    """(sample, plane, row, column, voxel is in the plane, channels) of this program's voxels in `planes` x height x
+    width."""
+    blocks, parts = tl.cdiv(C, BC), tl.cdiv(height * width, BS)
+    pid = tl.program_id(0)
+    v = pid // blocks % parts * BS + tl.arange(0, BS)
+    plane = pid // blocks // parts
+    c = pid % blocks * BC + tl.arange(0, BC)
+    return tl.program_id(1).to(tl.int64), plane, v // width, v % width, v < height * width, c
 
 
 @triton.jit
-def _tap(o, q, size, MODE: tl.constexpr):
-    """Where tap q of the result's place o reads along an axis of `size`, and its weight."""
-    if MODE == 0:  # nearest doubling
-        i, w = o // 2, tl.full(o.shape, 1.0, tl.float32)
-    elif MODE == 1:  # 1/4 of one neighbour and 3/4 of the other; the edge goes on outside
-        i = tl.minimum(tl.maximum((o + 1) // 2 - 1 + q, 0), size - 1)
-        w = tl.where((o + q) % 2 == 0, 0.25, 0.75)
-    elif MODE == 2:  # both halves
-        i, w = 2 * o + q, tl.full(o.shape, 1.0, tl.float32)
-    else:  # the adjoint of mode 1: an edge voxel is also what its neighbours outside stand for
-        i = 2 * o - 1 + q
-        w = tl.where((q == 1) | (q == 2), 0.75, 0.25)
-        w = tl.where(((i == 0) & (o == 0)) | ((i == size - 1) & (2 * o + 2 == size)), 1.0, w)
-        w = tl.where((i < 0) | (i >= size), 0.0, w)
-        i = tl.minimum(tl.maximum(i, 0), size - 1)
-    return i, w
+def _at(sample, plane, h, w, c, D, H, W, C):
+    """Offsets of voxels x channels in a volume (N, D, H, W, C)."""
+    first = (sample * D + plane) * H * W * C
+    return first + ((h * W + w).to(tl.int64) * C)[:, None] + c[None, :]
 
 
 @triton.jit
-def resample_kernel(
-    x, y, scale, C, D, H, W, YD, YH, YW,
-    MODE: tl.constexpr, TAPS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """BR voxels by BC channels of y (N, YD, YH, YW, C) from x (N, D, H, W, C); sums in float32."""
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    sample = tl.program_id(2).to(tl.int64)
-    r = tl.program_id(0) * BR + tl.arange(0, BR)
-    w, h, d = r % YW, r // YW % YH, r // (YW * YH)
-    mask = (d < YD)[:, None] & (c < C)[None, :]
-    d = tl.minimum(d, YD - 1)
-    acc = tl.zeros((BR, BC), tl.float32)
-    for q in range(TAPS * TAPS * TAPS):
-        i, a = _tap(d, q // (TAPS * TAPS), D, MODE)
-        j, b = _tap(h, q // TAPS % TAPS, H, MODE)
-        k, g = _tap(w, q % TAPS, W, MODE)
-        at = (((sample * D + i) * H + j) * W + k) * C
-        v = tl.load(x + at[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32)
-        acc += v * (a * b * g)[:, None]
-    at = (sample * YD * YH * YW + r) * C
-    tl.store(y + at[:, None] + c[None, :], (acc * scale).to(y.dtype.element_ty), mask=mask)
+def repeat_kernel(x, y, D, H, W, C, scale, BS: tl.constexpr, BC: tl.constexpr):
+    """y (N, 2D, 2H, 2W, C) = scale * x (N, D, H, W, C), each voxel to eight."""
+    sample, d, h, w, inside, c = _place(D, H, W, C, BS, BC)
+    mask = inside[:, None] & (c < C)[None, :]
+    v = tl.load(x + _at(sample, d, h, w, c, D, H, W, C), mask=mask, other=0.0).to(tl.float32) * scale
+    v = v.to(y.dtype.element_ty)
+    for i in tl.static_range(8):
+        at = _at(sample, 2 * d + i // 4, 2 * h + i // 2 % 2, 2 * w + i % 2, c, 2 * D, 2 * H, 2 * W, C)
+        tl.store(y + at, v, mask=mask)
 
 
-def _resample(x: Tensor, mode: int, size, scale: float = 1.0) -> Tensor:
-    n, c, *spatial = x.shape
+@triton.jit
+def pool_kernel(x, y, D, H, W, C, scale, BS: tl.constexpr, BC: tl.constexpr):
+    """y (N, D, H, W, C) = scale * the sum of eight voxels of x (N, 2D, 2H, 2W, C), rounded once."""
+    sample, d, h, w, inside, c = _place(D, H, W, C, BS, BC)
+    mask = inside[:, None] & (c < C)[None, :]
+    total = tl.zeros((BS, BC), tl.float32)
+    for i in tl.static_range(8):
+        at = _at(sample, 2 * d + i // 4, 2 * h + i // 2 % 2, 2 * w + i % 2, c, 2 * D, 2 * H, 2 * W, C)
+        total += tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + _at(sample, d, h, w, c, D, H, W, C), (total * scale).to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _clamp(i, n):
+    return tl.minimum(tl.maximum(i, 0), n - 1)
+
+
+@triton.jit
+def _between(a, b):
+    """The two values between neighbours: a quarter of the way from each."""
+    return 0.75 * a + 0.25 * b, 0.25 * a + 0.75 * b
+
+
+@triton.jit
+def trilinear_kernel(x, y, D, H, W, C, BS: tl.constexpr, BC: tl.constexpr):
+    """y (N, 2D, 2H, 2W, C) of x (N, D, H, W, C). Cell i of an axis lies between x[i - 1] and x[i] and holds y[2i - 1] and
+    y[2i]; there are D + 1, and beyond the border the edge voxel goes on."""
+    sample, d, h, w, inside, c = _place(D + 1, H + 1, W + 1, C, BS, BC)
+    wide = inside[:, None] & (c < C)[None, :]
+    d0, d1 = _clamp(d - 1, D), _clamp(d, D)
+    h0, h1, w0, w1 = _clamp(h - 1, H), _clamp(h, H), _clamp(w - 1, W), _clamp(w, W)
+    x000 = tl.load(x + _at(sample, d0, h0, w0, c, D, H, W, C), mask=wide, other=0.0).to(tl.float32)
+    x001 = tl.load(x + _at(sample, d0, h0, w1, c, D, H, W, C), mask=wide, other=0.0).to(tl.float32)
+    x010 = tl.load(x + _at(sample, d0, h1, w0, c, D, H, W, C), mask=wide, other=0.0).to(tl.float32)
+    x011 = tl.load(x + _at(sample, d0, h1, w1, c, D, H, W, C), mask=wide, other=0.0).to(tl.float32)
+    x100 = tl.load(x + _at(sample, d1, h0, w0, c, D, H, W, C), mask=wide, other=0.0).to(tl.float32)
+    x101 = tl.load(x + _at(sample, d1, h0, w1, c, D, H, W, C), mask=wide, other=0.0).to(tl.float32)
+    x110 = tl.load(x + _at(sample, d1, h1, w0, c, D, H, W, C), mask=wide, other=0.0).to(tl.float32)
+    x111 = tl.load(x + _at(sample, d1, h1, w1, c, D, H, W, C), mask=wide, other=0.0).to(tl.float32)
+    x000, x001 = _between(x000, x001)
+    x010, x011 = _between(x010, x011)
+    x100, x101 = _between(x100, x101)
+    x110, x111 = _between(x110, x111)
+    x000, x010 = _between(x000, x010)
+    x001, x011 = _between(x001, x011)
+    x100, x110 = _between(x100, x110)
+    x101, x111 = _between(x101, x111)
+    _pair(y, sample, d, 2 * h - 1, 2 * w - 1, inside, c, D, H, W, C, x000, x100)
+    _pair(y, sample, d, 2 * h - 1, 2 * w, inside, c, D, H, W, C, x001, x101)
+    _pair(y, sample, d, 2 * h, 2 * w - 1, inside, c, D, H, W, C, x010, x110)
+    _pair(y, sample, d, 2 * h, 2 * w, inside, c, D, H, W, C, x011, x111)
+
+
+@triton.jit
+def _pair(y, sample, d, h, w, inside, c, D, H, W, C, a, b):
+    """y[2d - 1] and y[2d] at (h, w) of the doubled plane, between a and b."""
+    a, b = _between(a, b)
+    good = inside & (h >= 0) & (h < 2 * H) & (w >= 0) & (w < 2 * W)
+    mask = good[:, None] & (c < C)[None, :]
+    at = y + _at(sample, 2 * d, h, w, c, 2 * D, 2 * H, 2 * W, C)
+    plane = (4 * H * W).to(tl.int64) * C
+    tl.store(at - plane, a.to(y.dtype.element_ty), mask=mask & (d > 0))
+    tl.store(at, b.to(y.dtype.element_ty), mask=mask & (d < D))
+
+
+@triton.jit
+def trilinear_backward_kernel(dy, dx, D, H, W, C, BS: tl.constexpr, BC: tl.constexpr):
+    """dx (N, D, H, W, C) of dy (N, 2D, 2H, 2W, C): x[i] went into y[2i - 1 ... 2i + 2] by 1/4, 3/4, 3/4, 1/4, and at a
+    border into its edge by both."""
+    sample, d, h, w, inside, c = _place(D, H, W, C, BS, BC)
+    mask = inside[:, None] & (c < C)[None, :]
+    total = tl.zeros((BS, BC), tl.float32)
+    for i in range(16):  # not unrolled: 64 loads in flight would take all registers
+        j, k = i // 4, i % 4
+        share = tl.where((j == 1) | (j == 2), 0.75, 0.25) * tl.where((k == 1) | (k == 2), 0.75, 0.25)
+        plane, row = _clamp(2 * d - 1 + j, 2 * D), _clamp(2 * h - 1 + k, 2 * H)
+        line = tl.zeros((BS, BC), tl.float32)
+        for m in tl.static_range(4):
+            at = _at(sample, plane, row, _clamp(2 * w - 1 + m, 2 * W), c, 2 * D, 2 * H, 2 * W, C)
+            line += tl.load(dy + at, mask=mask, other=0.0).to(tl.float32) * (0.75 if 0 < m and m < 3 else 0.25)
+        total += line * share
+    tl.store(dx + _at(sample, d, h, w, c, D, H, W, C), total.to(dx.dtype.element_ty), mask=mask)
+
+
+HELD = {"repeat": (2048, 4), "pool": (2048, 4), "trilinear": (1024, 4), "trilinear_backward": (1024, 4)}
+KERNELS = {"repeat": repeat_kernel, "pool": pool_kernel, "trilinear": trilinear_kernel,
+           "trilinear_backward": trilinear_backward_kernel}  # fmt: skip
+
+
+def tile(name: str, c: int, plane: int) -> tuple[int, int]:
+    """(voxels of a plane, channels) that a program holds. A step of the interpreter costs the same whatever its size."""
+    bc = channel_block(c)
+    return min((65536 if INTERPRETED else HELD[name][0]) // bc, triton.next_power_of_2(plane)), bc
+
+
+def _launch(name: str, x: Tensor, small, size, *scale: float) -> Tensor:
+    """KERNELS[name] from x into a new (N, C, *size), channels-last; small: the size that is counted in voxels or cells."""
+    x = x.contiguous(memory_format=torch.channels_last_3d)
+    n, c = x.shape[:2]
     # the interpreter would truncate to bfloat16: it gets float32
-    dtype = torch.float32 if interpreted() and x.dtype == torch.bfloat16 else x.dtype
+    dtype = torch.float32 if INTERPRETED and x.dtype == torch.bfloat16 else x.dtype
     y = torch.empty(n, c, *size, dtype=dtype, device=x.device, memory_format=torch.channels_last_3d)
-    bc = power(c, 1, 64)
-    br = 4096 // bc if interpreted() else max(1, 2048 // bc)
-    grid = triton.cdiv(size[0] * size[1] * size[2], br), triton.cdiv(c, bc), n
-    resample_kernel[grid](x, y, scale, c, *spatial, *size, MODE=mode, TAPS=TAPS[mode], BR=br, BC=bc, num_warps=4)
+    cells = [m + (name == "trilinear") for m in small]
+    bs, bc = tile(name, c, cells[1] * cells[2])
+    grid = (cells[0] * triton.cdiv(cells[1] * cells[2], bs) * triton.cdiv(c, bc), n)
+    KERNELS[name][grid](x, y, *small, c, *scale, BS=bs, BC=bc, num_warps=HELD[name][1])
     return y.to(x.dtype)
 
 
-def upsample(x: Tensor, mode: str) -> Tensor:
-    """(N, C, X, Y, Z) channels-last -> (N, C, 2X, 2Y, 2Z); "nearest", or "trilinear" with align_corners=False."""
-    return _resample(x, NEAREST if mode == "nearest" else TRILINEAR, [2 * m for m in x.shape[2:]])
+def _doubled(x: Tensor) -> tuple[int, ...]:
+    return tuple(2 * m for m in x.shape[2:])
 
 
-def upsample_backward(dy: Tensor, mode: str) -> Tensor:
-    return _resample(dy, SUM if mode == "nearest" else TRILINEAR_GRADIENT, [m // 2 for m in dy.shape[2:]])
+def _halved(x: Tensor) -> tuple[int, ...]:
+    return tuple(m // 2 for m in x.shape[2:])
+
+
+def upsample_nearest(x: Tensor) -> Tensor:
+    """(N, C, D, H, W) -> (N, C, 2D, 2H, 2W), channels-last; so are the results of all that follow."""
+    return _launch("repeat", x, x.shape[2:], _doubled(x), 1.0)
+
+
+def upsample_nearest_backward(dy: Tensor) -> Tensor:
+    return _launch("pool", dy, _halved(dy), _halved(dy), 1.0)
+
+
+def upsample_trilinear(x: Tensor) -> Tensor:
+    return _launch("trilinear", x, x.shape[2:], _doubled(x))
+
+
+def upsample_trilinear_backward(dy: Tensor) -> Tensor:
+    return _launch("trilinear_backward", dy, _halved(dy), _halved(dy))
 
 
 def average_pool(x: Tensor) -> Tensor:
-    """(N, C, X, Y, Z) channels-last, even axes -> the means of 2x2x2 voxels."""
-    return _resample(x, SUM, [m // 2 for m in x.shape[2:]], 0.125)
+    """(N, C, D, H, W), even axes -> (N, C, D/2, H/2, W/2)."""
+    return _launch("pool", x, _halved(x), _halved(x), 0.125)
 
 
 def average_pool_backward(dy: Tensor) -> Tensor:
-    return _resample(dy, NEAREST, [2 * m for m in dy.shape[2:]], 0.125)
+    return _launch("repeat", dy, dy.shape[2:], _doubled(dy), 0.125)
+
+
+def upsample(x: Tensor, mode: str) -> Tensor:
+    return upsample_nearest(x) if mode == "nearest" else upsample_trilinear(x)
+
+
+def upsample_backward(dy: Tensor, mode: str) -> Tensor:
+    return upsample_nearest_backward(dy) if mode == "nearest" else upsample_trilinear_backward(dy)
 
 
 def launches(arch: int = 90):
-    """What benchmarks/aot.py compiles."""
-    for name, mode in (("nearest", NEAREST), ("trilinear", TRILINEAR), ("sum", SUM), ("adjoint", TRILINEAR_GRADIENT)):
-        for c in (64, 256):
-            ints = dict.fromkeys(("C", "D", "H", "W", "YD", "YH", "YW"), "i32")
+    """What benchmarks/aot.py compiles: every kernel at the published widths."""
+    for c in CHANNELS:
+        for name, kernel in KERNELS.items():
+            bs, bc = tile(name, c, 1 << 12)
+            big, little = kernel.arg_names[:2]
             yield {
-                "name": f"{name}, {c}",
-                "kernel": resample_kernel,
-                "signature": {"x": "*fp16", "y": "*fp16", "scale": "fp32"} | ints,
-                "constexprs": {"MODE": mode, "TAPS": TAPS[mode], "BR": 2048 // power(c, 1, 64), "BC": power(c, 1, 64)},
-                "num_warps": 4,
-                "num_stages": 3,
-                "divisible": ["x", "y", "C"],
-            }
+                "name": f"{name}, {c}", "kernel": kernel,
+                "signature": {big: "*fp16", little: "*fp16", "scale": "fp32"} | dict.fromkeys("DHWC", "i32"),
+                "constexprs": {"BS": bs, "BC": bc}, "num_warps": HELD[name][1], "num_stages": 3,
+                "divisible": [big, little, "C"], "bytes": 18 * bs * bc,
+            }  # fmt: skip

@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from t2ct.models.attention import attention
 from t2ct.models.clip import CLIP3D, CLIP3DConfig
 from t2ct.models.quantizer import CosineQuantizer
 from t2ct.models.text import TextConfig
 from t2ct.models.vision import VisionConfig
+from t2ct.ops import attention
 
 GOLDENS = Path(__file__).parent / "goldens"
 

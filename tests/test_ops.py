@@ -24,6 +24,7 @@ from t2ct.ops import (
     resample,
     use_backend,
 )
+from t2ct.ops.attention import TABLES as ATTENTION
 from t2ct.ops.dispatch import BACKENDS, choose, native, why_not
 
 DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -281,12 +282,12 @@ def test_no_silent_fallback():
 
 def test_explain_lists_every_op():
     rows = explain_rows("cpu")
-    assert [row[1] for row in rows] == [*norm.TABLES, *conv.TABLES, *merge.TABLES, *resample.TABLES]
+    assert [row[1] for row in rows] == [*norm.TABLES, *conv.TABLES, *merge.TABLES, *resample.TABLES, *ATTENTION]
     assert all(row[0] == "cpu" and row[3] for row in rows)
     with use_backend("reference"):
         assert all(row[2] == "reference" and "forced" in row[3] for row in explain_rows("cpu"))
     assert len(explain("cpu").splitlines()) == len(rows) + 1
-    assert all(row[2] == "reference" and row[3] for row in explain_rows("cuda"))
+    assert all(row[2] in ("reference", "sdpa") and row[3] for row in explain_rows("cuda"))
 
 
 def test_without_the_extension():

@@ -7,7 +7,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
-from t2ct.models.attention import attention, merge_heads, split_heads
+from t2ct.models.attention import merge_heads, split_heads
+from t2ct.ops import attention
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2ct import ops
-from t2ct.models.attention import attention
 from t2ct.models.layers import Conv, GroupNorm, GroupNormSiLU, norm_silu_conv, zeroed
 
 if TYPE_CHECKING:
@@ -83,7 +82,7 @@ class Attention(nn.Module):
             t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for t in (self.to_q(x), self.to_k(source), self.to_v(source))
         )
-        return self.out_proj(attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.out_proj(ops.attention(q, k, v).transpose(1, 2).flatten(2))
 
     def of_one_token(self, context: Tensor) -> Tensor:
         """Attention to a single token (B, 1, context_dim) -> (B, 1, dim): its softmax is 1 whatever the query, so the

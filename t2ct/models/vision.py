@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from t2ct.models.attention import attention, merge_heads, split_heads
+from t2ct.models.attention import merge_heads, split_heads
 from t2ct.models.quantizer import CosineQuantizer
+from t2ct.ops.attention import Relative, attention
 
 COSINE_SCALE = 8.0  # logits of the cosine attention are multiplied by this
 
@@ -103,14 +104,13 @@ class CosineAttention(nn.Module):
         self.to_kv = nn.Linear(dim, 2 * inner, bias=False)
         self.to_out = nn.Linear(inner, dim, bias=False)
 
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, relative_bias: Relative | None) -> Tensor:
         q = split_heads(self.to_q(self.norm(x)), self.heads)
         # Quirk: keys and values see x before the norm.
         k, v = (split_heads(y, self.heads) for y in self.to_kv(x).chunk(2, dim=-1))
-        q = F.normalize(q, dim=-1) * self.q_scale
-        k = F.normalize(k, dim=-1) * self.k_scale
-        # Under autocast the learned scales promote q and k to float32; v sets the dtype.
-        out = attention(q.to(v.dtype), k.to(v.dtype), v, bias=bias, scale=COSINE_SCALE)
+        out = attention(
+            q, k, v, scale=COSINE_SCALE, relative_bias=relative_bias, q_scale=self.q_scale, k_scale=self.k_scale
+        )
         return self.to_out(merge_heads(out))
 
 
@@ -137,7 +137,7 @@ def feed_forward(dim: int) -> nn.Sequential:
 class Transformer(nn.Module):
     """Residual layers of PEG, attention and feed-forward on (B', L, dim), then a LayerNorm.
 
-    shape is the (B, T, H, W) in which every PEG reads the tokens; bias (1, heads, L, L) is added to the logits.
+    shape is the (B, T, H, W) in which every PEG reads the tokens; relative_bias is `attention`'s.
     """
 
     def __init__(self, dim: int, layers: int, heads: int, head_dim: int) -> None:
@@ -151,10 +151,10 @@ class Transformer(nn.Module):
         )
         self.norm_out = LayerNorm(dim)
 
-    def forward(self, x: Tensor, shape: tuple[int, int, int, int], bias: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, shape: tuple[int, int, int, int], relative_bias: Relative | None = None) -> Tensor:
         for layer in self.layers:
             x = x + layer["0"](x, shape)  # type: ignore[index]
-            x = x + layer["1"](x, bias)  # type: ignore[index]
+            x = x + layer["1"](x, relative_bias)  # type: ignore[index]
             x = x + layer["3"](x)  # type: ignore[index]
         return self.norm_out(x)
 
@@ -170,19 +170,15 @@ class PositionBias(nn.Module):
             nn.Linear(dim, heads),
         )
 
-    def forward(self, height: int, width: int) -> Tensor:
-        """Returns (1, heads, height·width, height·width), rows the queries."""
+    def forward(self, height: int, width: int) -> Relative:
+        """The table (heads, offsets) and its grid, as `attention` takes them."""
         weight = next(self.parameters())
         # Only (2h-1)(2w-1) offsets exist: the MLP runs on each once (3 969 rows for 32 x 32, not 1 048 576).
         rows = torch.arange(1 - height, height, device=weight.device)
         columns = torch.arange(1 - width, width, device=weight.device)
         offsets = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).float()
         offsets = offsets.sign() * offsets.abs().log1p()
-        table = self.net(offsets.flatten(0, 1).to(weight.dtype))
-        row = torch.arange(height, device=weight.device).repeat_interleave(width)
-        column = torch.arange(width, device=weight.device).repeat(height)
-        index = (row[:, None] - row + height - 1) * (2 * width - 1) + (column[:, None] - column + width - 1)
-        return table[index].permute(2, 0, 1).unsqueeze(0)
+        return self.net(offsets.flatten(0, 1).to(weight.dtype)).T, (height, width)
 
 
 class HUNorm(nn.LayerNorm):

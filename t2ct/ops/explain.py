@@ -3,9 +3,11 @@
 import torch
 
 from t2ct.ops import conv, merge, norm, norm_cpu, resample
+from t2ct.ops.attention import TABLES as ATTENTION
+from t2ct.ops.attention import why_not_attention
 from t2ct.ops.dispatch import UNPROVEN, candidates, forced, native, why_not
 
-TABLES = {**norm.TABLES, **conv.TABLES, **merge.TABLES, **resample.TABLES}
+TABLES = {**norm.TABLES, **conv.TABLES, **merge.TABLES, **resample.TABLES, **ATTENTION}
 
 
 def explain_rows(device: str | torch.device | None = None) -> list[tuple[str, str, str, str]]:
@@ -19,10 +21,11 @@ def _why(op, table, device):
     tried = candidates(table)
     refused = [] if tried == tuple(table) else [f"{tried[0]} is forced"]
     for backend in tried:
-        reason = why_not(backend, device, torch.float32) or (None if backend == forced() else UNPROVEN.get(backend))
+        ask = why_not_attention if op == "attention" else why_not
+        reason = ask(backend, device, torch.float32) or (None if backend == forced() else UNPROVEN.get(backend))
         if reason is None:
-            if backend == "cpu":  # that GPU backends want a GPU is no news
-                refused = [r for r in refused if "tensors are on cpu" not in r]
+            if device == "cpu" and backend != "reference":  # that GPU backends want a GPU is no news
+                refused = [r for r in refused if "forced" in r]
             return backend, "; ".join(refused) or conv.NOTES.get((op, backend), "{what}").format(what=_what(backend))
         refused.append(f"{backend}: {reason}")
     return "none", "; ".join(refused)
@@ -34,7 +37,7 @@ def _what(backend):
         return f"compiled, {native().isas()[norm_cpu.ISA]}, {threads} thread{'s' * (threads != 1)}"
     if backend == "cuda":
         return f"compiled for {', '.join(native().cuda_targets)}"
-    return "plain torch"
+    return "torch's scaled_dot_product_attention" if backend == "sdpa" else "plain torch"
 
 
 def explain(device: str | torch.device | None = None) -> str:

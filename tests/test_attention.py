@@ -1,0 +1,230 @@
+"""attention: every backend against float64, values and gradients of everything it takes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from t2ct.models import CLIP3D, CLIP3DConfig, TextConfig, VisionConfig
+from t2ct.ops import attention, explain_rows, use_backend
+from t2ct.ops.attention import _op, expand_relative, why_not_attention
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EPS = {t: torch.finfo(t).eps for t in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
+BACKENDS = ("triton", "xformers", "sdpa", "reference")
+# B, H, N, M, D and what else: blocks that are full and not, one token, few keys, head dims beside powers of two
+CASES = {
+    "plain": (2, 2, 20, 20, 32),
+    "blocks": (1, 2, 150, 133, 24),
+    "one query": (2, 2, 1, 5, 16),
+    "one key": (1, 2, 70, 1, 32),
+    "few keys": (1, 2, 140, 77, 64),
+    "wide head": (1, 1, 30, 30, 128),
+    "causal": (2, 2, 40, 40, 64, "causal"),
+    "causal blocks": (1, 2, 140, 140, 32, "causal", "bias"),
+    "bias of one batch row": (2, 2, 17, 19, 32, "bias"),
+    "bias of each": (2, 2, 17, 19, 32, "full bias"),
+    "relative": (2, 2, 15, 15, 32, "relative"),
+    "cosine": (1, 2, 33, 33, 40, "cosine"),
+    "cosine, relative": (2, 2, 15, 15, 32, "relative", "cosine"),
+}
+GRID = (3, 5)
+ids = {"ids": lambda v: str(v).removeprefix("torch.")}
+
+
+def make(case, dtype):
+    """(tensors by name, causal)"""
+    torch.manual_seed(0)
+    b, h, n, m, d, *extra = CASES[case]
+    sizes = {"q": n, "k": m, "v": m}  # heads as a view of the channels: what a projection gives
+    tensors = {key: torch.randn(b, size, h, d, device=DEVICE).to(dtype).transpose(1, 2) for key, size in sizes.items()}
+    if "bias" in extra or "full bias" in extra:
+        tensors["bias"] = torch.randn(b if "full bias" in extra else 1, h, n, m, device=DEVICE).to(dtype)
+    if "relative" in extra:
+        offsets = (2 * GRID[0] - 1) * (2 * GRID[1] - 1)
+        tensors["table"] = torch.randn(h, offsets, device=DEVICE).to(dtype)
+    if "cosine" in extra:
+        tensors |= {name: (torch.rand(d, device=DEVICE) + 0.5).to(dtype) for name in ("q_scale", "k_scale")}
+    return tensors, "causal" in extra
+
+
+def call(tensors, causal, fn=attention):
+    given = dict(tensors)
+    table = given.pop("table", None)
+    return fn(**given, causal=causal, relative_bias=None if table is None else (table, GRID))
+
+
+def definition(q, k, v, bias=None, causal=False, relative_bias=None, q_scale=None, k_scale=None):
+    """The formula, word for word."""
+    if q_scale is not None:
+        q, k = F.normalize(q, dim=-1) * q_scale, F.normalize(k, dim=-1) * k_scale
+    s = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if bias is not None:
+        s = s + bias
+    if relative_bias is not None:
+        table, (h, w) = relative_bias
+        place = [(i // w, i % w) for i in range(h * w)]
+        index = [[(a - c + h - 1) * (2 * w - 1) + b - d + w - 1 for c, d in place] for a, b in place]
+        s = s + table[:, torch.tensor(index, device=table.device)]
+    if causal:
+        s = s + torch.full_like(s, -torch.inf).triu(1)
+    return s.softmax(-1) @ v
+
+
+def run(tensors, causal, fn, do):
+    leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
+    y = call(leaves, causal, fn)
+    return [y.detach(), *torch.autograd.grad(y, list(leaves.values()), do.to(y.dtype))]
+
+
+def error(y, exact):
+    return ((y.double() - exact).norm() / exact.norm().clamp_min(1.0)).item()
+
+
+@pytest.mark.parametrize("dtype", EPS, **ids)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES)
+def test_matches_float64(case, backend, dtype):
+    if why_not_attention(backend, DEVICE, dtype):
+        pytest.skip(why_not_attention(backend, DEVICE, dtype))
+    tensors, causal = make(case, dtype)
+    do = torch.randn_like(tensors["q"])
+    wide = {name: t.double() for name, t in tensors.items()}
+    exact = run(wide, causal, definition, do)
+    eager = run(tensors, causal, definition, do)
+    with use_backend(backend):
+        mine = run(tensors, causal, attention, do)
+    for ours, theirs, truth in zip(mine, eager, exact, strict=True):
+        assert ours.dtype == dtype and ours.shape == truth.shape
+        assert error(ours, truth) <= 2 * error(theirs, truth) + 8 * EPS[dtype]
+
+
+def triton_or_skip():
+    if why_not_attention("triton", DEVICE, torch.float32):
+        pytest.skip(why_not_attention("triton", DEVICE, torch.float32))
+
+
+def test_same_bits_twice():
+    triton_or_skip()
+    tensors, causal = make("causal blocks", torch.float16)
+    with use_backend("triton"):
+        first, second = (run(tensors, causal, attention, torch.ones_like(tensors["q"])) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("options", ({"LAZY": 1}, {"EXP_SPLIT": 1}, {"EXP_SPLIT": 2}), ids=str)
+def test_seams(options):
+    """Lazy rescaling and exponentials by polynomial: the same numbers, within what float16 shows."""
+    triton_or_skip()
+    from t2ct.kernels import attention as kernels
+
+    tensors, _ = make("blocks", torch.float16)
+    q, k, v = (10 * tensors["q"], tensors["k"], tensors["v"])  # maxima that grow by more than lazy rescaling lets pass
+    out, _ = kernels.attention(q, k, v, None, None, None, None, 24**-0.5, False, 1, BM=64, BN=32, **options)
+    assert error(out, definition(q.double(), k.double(), v.double())) <= 2e-3
+
+
+def test_registration():
+    triton_or_skip()
+    tensors, _ = make("cosine, relative", torch.float32)
+    names = ("q", "k", "v", "bias", "table", "q_scale", "k_scale")
+    given = [tensors[n].requires_grad_() if n in tensors else None for n in names]
+    with use_backend("triton"):
+        torch.library.opcheck(_op, (*given, 0.2, False, GRID[1]))
+
+
+@pytest.mark.parametrize("backend", ("triton", "sdpa", "reference"))
+def test_compiled_whole(backend):
+    if backend == "triton":
+        triton_or_skip()
+    tensors, causal = make("cosine, relative", torch.float32)
+    with use_backend(backend), torch.no_grad():
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")(tensors, causal)
+        assert error(compiled, call(tensors, causal).double()) <= 1e-6
+
+
+def test_gradcheck():
+    tensors, causal = make("relative", torch.float64)
+    small = [t.detach().requires_grad_() for t in tensors.values()]
+    with use_backend("reference"):
+        assert torch.autograd.gradcheck(lambda q, k, v, t: attention(q, k, v, relative_bias=(t, GRID)), small)
+
+
+def test_masked_rows_and_large_logits_are_numbers():
+    triton_or_skip()
+    tensors, _ = make("plain", torch.float16)
+    bias = torch.zeros(1, 2, 20, 20, device=DEVICE, dtype=torch.float16)
+    bias[:, :, 3] = -torch.inf
+    with use_backend("triton"):
+        y = attention(tensors["q"], tensors["k"], tensors["v"], bias)
+        assert (y[:, :, 3] == 0).all() and y.isfinite().all()
+        assert attention(200 * tensors["q"], 200 * tensors["k"], tensors["v"]).isfinite().all()
+
+
+def test_clip_by_triton():
+    """Both towers: causal attention, cosine attention with its relative bias; nothing of tokens x tokens is stored."""
+    triton_or_skip()
+    torch.manual_seed(0)
+    text = TextConfig(vocab_size=50, width=32, layers=1, heads=2, mlp_width=32, max_length=8)
+    vision = VisionConfig(dim=32, image_size=24, patch_size=8, temporal_patch_size=4, spatial_layers=1,
+                          temporal_layers=1, heads=2, head_dim=16, codebook_size=8, depth=8)  # fmt: skip
+    clip = CLIP3D(CLIP3DConfig(text=text, vision=vision, embed_dim=16)).to(DEVICE).eval()
+    ids, volume = torch.tensor([[3, 7, 49]], device=DEVICE), 500 * torch.randn(1, 1, 24, 24, 8, device=DEVICE)
+    with torch.no_grad():
+        plain = clip.encode_text(ids), clip.encode_volume(volume)
+        with use_backend("triton"):
+            mine = clip.encode_text(ids), clip.encode_volume(volume)
+    assert all(error(a, b.double()) <= 1e-5 for a, b in zip(mine, plain, strict=True))
+
+
+def test_relative_bias_is_a_bias():
+    tensors, _ = make("relative", torch.float32)
+    table = tensors.pop("table")
+    grown = expand_relative(table, *GRID)
+    assert grown.shape == (1, 2, 15, 15)
+    assert torch.equal(attention(**tensors, bias=grown), attention(**tensors, relative_bias=(table, GRID)))
+
+
+def test_bad_input():
+    q = torch.randn(2, 3, 4, 8)
+    table = torch.randn(3, 9)
+    for arguments, message in (
+        ((q[0], q, q), r"wanted q, k, v of shape \(B, heads, N, D\).*got \(3, 4, 8\)"),
+        ((q, q[:, :2], q), "wanted q, k, v of shape"),
+        ((q, q, q[:, :, :3]), "wanted q, k, v of shape"),
+        ((q[:, :, :0], q, q), "wanted tensors that are not empty"),
+        ((q, q.double(), q), "of one floating dtype, got torch.float32, torch.float64"),
+        ((q, q, q.to("meta")), "v must be on cpu, got meta"),
+        ((q, q, q, torch.zeros(3, 5)), r"bias must broadcast to \(2, 3, 4, 4\), got \(3, 5\)"),
+    ):
+        with pytest.raises(ValueError, match="attention: .*" + message):
+            attention(*arguments)
+    with pytest.raises(ValueError, match="causal wants as many queries as keys, got 4 and 3"):
+        attention(q, q[:, :, :3], q[:, :, :3], causal=True)
+    with pytest.raises(ValueError, match="q_scale and k_scale both or neither"):
+        attention(q, q, q, q_scale=torch.ones(8))
+    with pytest.raises(ValueError, match=r"k_scale must be \(8,\), got \(7,\)"):
+        attention(q, q, q, q_scale=torch.ones(8), k_scale=torch.ones(7))
+    with pytest.raises(ValueError, match=r"a 2 x 3 grid wants a table \(3, 15\) and 6 tokens, got \(3, 9\) and 4, 4"):
+        attention(q, q, q, relative_bias=(table, (2, 3)))
+
+
+def test_a_forced_backend_runs_or_raises():
+    wide = torch.randn(1, 1, 4, 136)
+    with use_backend("xformers"):
+        if why_not_attention("xformers", DEVICE, torch.float32):
+            with pytest.raises(RuntimeError, match="attention: backend 'xformers' cannot run: "):
+                attention(wide, wide, wide)
+    triton_or_skip()
+    wide = wide.to(DEVICE)
+    with use_backend("triton"):
+        for tensors, message in (
+            ((wide, wide, wide), "head dims 1 to 128, one for q, k and v, not 136 and 136"),
+            ((wide.double()[..., :8],) * 3, "it takes float16, bfloat16 and float32, not float64"),
+        ):
+            with pytest.raises(RuntimeError, match="attention: backend 'triton' cannot run: .*" + message):
+                attention(*tensors)
+        with pytest.raises(RuntimeError, match="it wants a positive scale, not -1"):
+            attention(wide[..., :8], wide[..., :8], wide[..., :8], scale=-1.0)
+    assert next(row for row in explain_rows("cpu") if row[1] == "attention")[2] == "sdpa"
+
+
