@@ -85,7 +85,7 @@ def one(job: tuple[str, int, int]) -> dict:
         return {"family": family} | inspect(row, arch)
     except Exception as error:  # what a compiler raises has many types; the table names it
         said = str(error).strip().splitlines() or [type(error).__name__]
-        return {"family": family, "launch": row["name"], "arch": arch, "problem": f"does not compile: {said[0]}"}
+        return {"family": family, "launch": row["name"], "arch": arch, "problem": f"does not compile: {said[-1]}"}
 
 
 def table(results: list[dict]) -> str:

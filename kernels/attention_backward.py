@@ -277,6 +277,7 @@ def attention_backward(
     (b, h, n, d), m = q.shape, k.shape[2]
     fixed = constants(q, bias, table, q_scale, causal)
     arch, size = architecture(q.device), q.element_size()
+    biased_call = fixed["BIAS"] or fixed["RELATIVE"]
     delta = torch.empty_like(lse)
     delta_kernel[(triton.cdiv(n, 64) * b * h,)](
         out, do, delta, *strides(out, do), h, n, D=d, BD=fixed["BD"], BM=64, num_warps=4)
@@ -285,7 +286,7 @@ def attention_backward(
     steps = *strides(q, k, v), *bias_strides(bias, q, k), *strides(do)
     made: list[Tensor | None] = [None] * 7
     if needs[0] or needs[5]:
-        at = config(arch, fixed["BD"], "dq", size)
+        at = config(arch, fixed["BD"], "dq", size, biased_call)
         at |= {"BM": min(at["BM"], padded(n)), "BN": min(at["BN"], padded(m))}
         programs = triton.cdiv(n, at["BM"]) * b * h
         dq, partial = rows_first(q), _single(q_scale, programs, d, lse)
@@ -293,7 +294,7 @@ def attention_backward(
         made[0] = dq.to(q.dtype)
         made[5] = None if q_scale is None else partial.sum(0).to(q_scale.dtype)
     if needs[1] or needs[2] or needs[6]:
-        at = config(arch, fixed["BD"], "dkdv", size)
+        at = config(arch, fixed["BD"], "dkdv", size, biased_call)
         at |= {"BM": min(at["BM"], padded(n)), "BN": min(at["BN"], padded(m))}
         programs = triton.cdiv(m, at["BN"]) * b * h
         splits = max(1, min(triton.cdiv(FILL, programs), n // SPLIT_ROWS))
