@@ -61,6 +61,17 @@ def main(path: str) -> None:
                     f"| {name} | {theirs * 1e3:.2f} ms | {ours * 1e3:.2f} ms | {ours / theirs:.2f} | "
                     f"{info['roofline']:.0%} | {info['error']:.1e} |"
                 )
+    races = [row for row in rows if "race" in row["extra_info"]]
+    if races:
+        print("\nRaces: all forms proven right, then taking turns in one run, medians; ratio: ours to the best other.\n")
+        print("| op | best other | its time | t2ct | ratio |\n|---|---|---|---|---|")
+        for row in races:
+            e = row["extra_info"]
+            other = e["race"][e["best_peer"]]
+            print(
+                f"| {row['group']} | {e['best_peer']} | {other * 1e3:.2f} ms | {other / e['speedup'] * 1e3:.2f} ms | "
+                f"{1 / e['speedup']:.2f} |"
+            )
 
 
 if __name__ == "__main__":

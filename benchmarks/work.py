@@ -1,5 +1,7 @@
 """What an op must do at least (bytes through memory, matrix operations, exponentials) and how long chips need for that.
 
+    python benchmarks/work.py     prints the table of docs/kernels.md
+
 Peaks are the makers' (dense, float16 with float32 accumulation) except H200's, which are shared measurements of its
 matrix units and memory under load. Exponentials: 16 a clock and multiprocessor.
 """
@@ -63,3 +65,24 @@ def attention(b: int, h: int, n: int, d: int, itemsize: int, gradient: bool = Fa
     """q, k, v, out once; four operations a score and dimension, one exponential a score. Gradient: 2.5 times more."""
     forward = Work(4.0 * b * h * n * d * itemsize, 4.0 * b * h * n * n * d, float(b * h * n * n))
     return forward + Work(2 * forward.bytes, 2.5 * forward.flops, forward.exps) if gradient else forward
+
+
+def main() -> None:
+    rows = {}
+    for c, size in ((64, (512, 512, 128)), (64, (256, 256, 64)), (128, (256, 256, 64)), (256, (128, 128, 32)),
+                    (512, (128, 128, 32))):  # fmt: skip
+        shape = (1, c, *size)
+        rows[f"GN + SiLU + conv, {c} channels, {' x '.join(map(str, size))}"] = conv(shape, c, 2) + Work(
+            norm_silu(shape, 2).bytes
+        )
+    rows["GN + SiLU, 64 channels, 256 x 256 x 64"] = norm_silu((1, 64, 256, 256, 64), 2)
+    for n in (8192, 131072):
+        rows[f"attention, 2 x 16 heads of 32, {n} tokens"] = attention(2, 16, n, 32, 2)
+    print("| float16, forward | " + " | ".join(CHIPS) + " |\n|---" + "|---" * len(CHIPS) + "|")
+    for name, amount in rows.items():
+        cells = (f"{amount.seconds(chip) * 1e3:.3g} ms ({amount.bound(chip)})" for chip in CHIPS.values())
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
