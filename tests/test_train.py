@@ -164,7 +164,7 @@ def test_every_network_learns_a_little(drawn, tmp_path):
     problems = {
         "vae": (vae, vae_loss(vae, drawn.hu, 2, (16, 16, 8)), 40),
         "clip": (clip, clip_loss(clip, drawn.hu, ids, 4), 40),
-        "unet": (unet, ldm_loss(unet, mu, sigma, embeds, (20.0, 20.0, 20.0), 1.0, 4, 64), 40),
+        "unet": (unet, ldm_loss(unet, mu, embeds, (20.0, 20.0, 20.0), 1.0, 4, 64), 40),
     }
     for name, (model, loss_of, steps) in problems.items():
 

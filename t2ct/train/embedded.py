@@ -74,7 +74,7 @@ VAE_LOOP = LoopConfig(
 )
 CLIP_LOOP = LoopConfig(steps=1100, batch_size=64, learning_rate=5e-4, warmup=70, weight_decay=1e-4)
 LDM_LOOP = LoopConfig(  # batch of each process
-    steps=3250, batch_size=4, learning_rate=1e-3, matrix_learning_rate=0.008, warmup=100, ema_decay=0.998
+    steps=7800, batch_size=4, learning_rate=1e-3, matrix_learning_rate=0.008, warmup=100, ema_decay=0.998
 )
 
 
@@ -130,14 +130,14 @@ def train_ldm(
     if start is not None:  # a checkpoint in `work` still goes before it
         unet.load_state_dict(T2CTPipeline.from_pretrained(start, "cpu", torch.float32).unet.state_dict())
     freeze_dead(unet)
-    mu, sigma = latents(work / f"latents-{rank}-of-{world}.safetensors", data.hu[rank::world], vae)
+    mu, _ = latents(work / f"latents-{rank}-of-{world}.safetensors", data.hu[rank::world], vae)
     std = mu.float().std()
     if world > 1:
         dist.all_reduce(std)
     scale = world / std.item()
     embeds = embed_texts(clip, ids[rank::world].flatten(0, 1)).view(len(mu), ids.shape[1], -1)
     trainee = DistributedDataParallel(unet) if world > 1 else unet
-    loss = ldm_loss(trainee, mu, sigma, embeds, CONFIG.spacing, scale, LDM_LOOP.batch_size, CONFIG.base_voxels)
+    loss = ldm_loss(trainee, mu, embeds, CONFIG.spacing, scale, LDM_LOOP.batch_size, CONFIG.base_voxels)
     run(unet, loss, LDM_LOOP, work / "unet.safetensors", "LDM")
     return unet, scale
 

@@ -1,4 +1,4 @@
-"""Latent diffusion: L1 on the velocity of rectified flow, the text dropped for one sample in ten (reference recipe)."""
+"""Latent diffusion: rectified flow's velocity, the text dropped for one sample in ten."""
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ TEXT_DROPPED = 0.1
 
 @torch.inference_mode()
 def encode_volumes(vae: VAE, hu: np.ndarray, batch: int = 2) -> tuple[Tensor, Tensor]:
-    """(N, X, Y, Z) HU -> mu and sigma, (N, 4, X/4, Y/4, Z/4) float16: sampled anew at every step, so both are kept."""
+    """(N, X, Y, Z) HU -> mu and sigma, (N, 4, X/4, Y/4, Z/4) float16."""
     means, sigmas = [], []
     for start in tqdm(range(0, len(hu), batch), desc="encoding"):
         with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16()):
@@ -34,7 +34,6 @@ def freeze_dead(unet: UNet) -> None:
 def ldm_loss(
     model: nn.Module,
     mu: Tensor,
-    sigma: Tensor,
     embeds: Tensor,
     spacing: tuple[float, float, float],
     scale: float,
@@ -44,6 +43,9 @@ def ldm_loss(
     """The loss function for `loop.run`. embeds: (N, WORDINGS, D); scale: 1 / std of the latents; spacing in mm.
 
     Times are uniform, then shifted towards noise as sampling shifts them: there the text decides what there will be.
+    The error is squared, where the published recipe takes its absolute value: a flow follows the mean velocity. The
+    median that the absolute error asks for is "no nodule" at every place, since a nodule is nowhere likelier than not.
+    Latents are the means, mu: a channel that the VAE does not use has sigma 1, a target of noise that nothing predicts.
     """
     spaced = 100 * torch.tensor(spacing).expand(batch, 3)
     ct = torch.ones(batch, dtype=torch.long)
@@ -51,15 +53,14 @@ def ldm_loss(
     def loss_of(generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         index = torch.randint(len(mu), (batch,), generator=generator)
         wording = torch.randint(embeds.shape[1], (batch,), generator=generator)
-        m, s = mu[index].float(), sigma[index].float()
-        x0 = scale * (m + s * torch.randn(m.shape, generator=generator))
-        noise = torch.randn(m.shape, generator=generator)
+        x0 = scale * mu[index].float()
+        noise = torch.randn(x0.shape, generator=generator)
         # one time per stratum of [0, 1]: the same uniform law, less noise in the loss
         t = (torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator)) / batch
         t = shift_timestep(t, mu[0, 0].numel(), base_voxels)
         context = embeds[index, wording][:, None]
         context = context * (torch.rand(batch, generator=generator) >= TEXT_DROPPED)[:, None, None]
         v = model(add_noise(x0, noise, t), t * NUM_TRAIN_TIMESTEPS, context, ct, spaced)
-        return (v.float() - velocity(x0, noise)).abs().mean(), {}
+        return (v.float() - velocity(x0, noise)).square().mean(), {}
 
     return loss_of
