@@ -232,6 +232,7 @@ def _conv(
         mean = torch.empty(n, phases * count, o, device=x.device)
         parts = mean, torch.empty_like(mean), torch.empty(phases * count, device=x.device)
     mean, m2, counts = parts or (y, y, y)
+    bias, channel_bias = (None if t is None else t.contiguous() for t in (bias, channel_bias))
     tma = None if stride > 1 or clamp else _descriptors(x, weight, at, dims)
     scale, shift = norm or (y, y)
     conv_kernel[(count * triton.cdiv(o, at.bn), n * phases)](

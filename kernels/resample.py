@@ -1,4 +1,4 @@
-"""Doubling and halving of channels-last volumes: memory is (N, D, H, W, C), a program holds voxels of a plane x channels.
+"""Doubling and halving of channels-last volumes: memory is (N, D, H, W, C), a program holds voxels of a plane.
 
 Each kernel gathers, so that no two programs write to one place: same input, same bits.
 
@@ -18,9 +18,8 @@ from torch import Tensor
 
 
 @triton.jit
-def _place(planes, height, width, C, BS: tl.constexpr, BC: tl.constexpr):
-    """(sample, plane, row, column, voxel is in the plane, channels) of this program's voxels in `planes` x height x
-    width."""
+def _place(height, width, C, BS: tl.constexpr, BC: tl.constexpr):
+    """(sample, plane, rows, columns, which voxels exist, channels) of this program, of planes height x width."""
     blocks, parts = tl.cdiv(C, BC), tl.cdiv(height * width, BS)
     pid = tl.program_id(0)
     v = pid // blocks % parts * BS + tl.arange(0, BS)
@@ -39,7 +38,7 @@ def _at(sample, plane, h, w, c, D, H, W, C):
 @triton.jit
 def repeat_kernel(x, y, D, H, W, C, scale, BS: tl.constexpr, BC: tl.constexpr):
     """y (N, 2D, 2H, 2W, C) = scale * x (N, D, H, W, C), each voxel to eight."""
-    sample, d, h, w, inside, c = _place(D, H, W, C, BS, BC)
+    sample, d, h, w, inside, c = _place(H, W, C, BS, BC)
     mask = inside[:, None] & (c < C)[None, :]
     v = tl.load(x + _at(sample, d, h, w, c, D, H, W, C), mask=mask, other=0.0).to(tl.float32) * scale
     v = v.to(y.dtype.element_ty)
@@ -51,7 +50,7 @@ def repeat_kernel(x, y, D, H, W, C, scale, BS: tl.constexpr, BC: tl.constexpr):
 @triton.jit
 def pool_kernel(x, y, D, H, W, C, scale, BS: tl.constexpr, BC: tl.constexpr):
     """y (N, D, H, W, C) = scale * the sum of eight voxels of x (N, 2D, 2H, 2W, C), rounded once."""
-    sample, d, h, w, inside, c = _place(D, H, W, C, BS, BC)
+    sample, d, h, w, inside, c = _place(H, W, C, BS, BC)
     mask = inside[:, None] & (c < C)[None, :]
     total = tl.zeros((BS, BC), tl.float32)
     for i in tl.static_range(8):
@@ -73,9 +72,12 @@ def _between(a, b):
 
 @triton.jit
 def trilinear_kernel(x, y, D, H, W, C, BS: tl.constexpr, BC: tl.constexpr):
-    """y (N, 2D, 2H, 2W, C) of x (N, D, H, W, C). Cell i of an axis lies between x[i - 1] and x[i] and holds y[2i - 1] and
-    y[2i]; there are D + 1, and beyond the border the edge voxel goes on."""
-    sample, d, h, w, inside, c = _place(D + 1, H + 1, W + 1, C, BS, BC)
+    """y (N, 2D, 2H, 2W, C) of x (N, D, H, W, C).
+
+    Cell i of an axis lies between x[i - 1] and x[i] and holds y[2i - 1] and y[2i]. There is one cell more than voxels:
+    beyond the border the edge voxel goes on.
+    """
+    sample, d, h, w, inside, c = _place(H + 1, W + 1, C, BS, BC)
     wide = inside[:, None] & (c < C)[None, :]
     d0, d1 = _clamp(d - 1, D), _clamp(d, D)
     h0, h1, w0, w1 = _clamp(h - 1, H), _clamp(h, H), _clamp(w - 1, W), _clamp(w, W)
@@ -107,17 +109,17 @@ def _pair(y, sample, d, h, w, inside, c, D, H, W, C, a, b):
     a, b = _between(a, b)
     good = inside & (h >= 0) & (h < 2 * H) & (w >= 0) & (w < 2 * W)
     mask = good[:, None] & (c < C)[None, :]
-    at = y + _at(sample, 2 * d, h, w, c, 2 * D, 2 * H, 2 * W, C)
-    plane = (4 * H * W).to(tl.int64) * C
-    tl.store(at - plane, a.to(y.dtype.element_ty), mask=mask & (d > 0))
-    tl.store(at, b.to(y.dtype.element_ty), mask=mask & (d < D))
+    at = _at(sample, 2 * d - 1, h, w, c, 2 * D, 2 * H, 2 * W, C)
+    tl.store(y + at, a.to(y.dtype.element_ty), mask=mask & (d > 0))
+    at = _at(sample, 2 * d, h, w, c, 2 * D, 2 * H, 2 * W, C)
+    tl.store(y + at, b.to(y.dtype.element_ty), mask=mask & (d < D))
 
 
 @triton.jit
 def trilinear_backward_kernel(dy, dx, D, H, W, C, BS: tl.constexpr, BC: tl.constexpr):
     """dx (N, D, H, W, C) of dy (N, 2D, 2H, 2W, C): x[i] went into y[2i - 1 ... 2i + 2] by 1/4, 3/4, 3/4, 1/4, and at a
     border into its edge by both."""
-    sample, d, h, w, inside, c = _place(D, H, W, C, BS, BC)
+    sample, d, h, w, inside, c = _place(H, W, C, BS, BC)
     mask = inside[:, None] & (c < C)[None, :]
     total = tl.zeros((BS, BC), tl.float32)
     for i in range(16):  # not unrolled: 64 loads in flight would take all registers
@@ -138,13 +140,13 @@ KERNELS = {"repeat": repeat_kernel, "pool": pool_kernel, "trilinear": trilinear_
 
 
 def tile(name: str, c: int, plane: int) -> tuple[int, int]:
-    """(voxels of a plane, channels) that a program holds. A step of the interpreter costs the same whatever its size."""
+    """(voxels of a plane, channels) that a program holds; in the interpreter many, a step costs the same there."""
     bc = channel_block(c)
     return min((65536 if INTERPRETED else HELD[name][0]) // bc, triton.next_power_of_2(plane)), bc
 
 
 def _launch(name: str, x: Tensor, small, size, *scale: float) -> Tensor:
-    """KERNELS[name] from x into a new (N, C, *size), channels-last; small: the size that is counted in voxels or cells."""
+    """KERNELS[name] from x into a new (N, C, *size), channels-last; small: the lesser of the two sizes."""
     x = x.contiguous(memory_format=torch.channels_last_3d)
     n, c = x.shape[:2]
     # the interpreter would truncate to bfloat16: it gets float32
@@ -157,57 +159,43 @@ def _launch(name: str, x: Tensor, small, size, *scale: float) -> Tensor:
     return y.to(x.dtype)
 
 
-def _doubled(x: Tensor) -> tuple[int, ...]:
-    return tuple(2 * m for m in x.shape[2:])
+def _double(name: str, x: Tensor, *scale: float) -> Tensor:
+    return _launch(name, x, x.shape[2:], [2 * m for m in x.shape[2:]], *scale)
 
 
-def _halved(x: Tensor) -> tuple[int, ...]:
-    return tuple(m // 2 for m in x.shape[2:])
-
-
-def upsample_nearest(x: Tensor) -> Tensor:
-    """(N, C, D, H, W) -> (N, C, 2D, 2H, 2W), channels-last; so are the results of all that follow."""
-    return _launch("repeat", x, x.shape[2:], _doubled(x), 1.0)
-
-
-def upsample_nearest_backward(dy: Tensor) -> Tensor:
-    return _launch("pool", dy, _halved(dy), _halved(dy), 1.0)
-
-
-def upsample_trilinear(x: Tensor) -> Tensor:
-    return _launch("trilinear", x, x.shape[2:], _doubled(x))
-
-
-def upsample_trilinear_backward(dy: Tensor) -> Tensor:
-    return _launch("trilinear_backward", dy, _halved(dy), _halved(dy))
-
-
-def average_pool(x: Tensor) -> Tensor:
-    """(N, C, D, H, W), even axes -> (N, C, D/2, H/2, W/2)."""
-    return _launch("pool", x, _halved(x), _halved(x), 0.125)
-
-
-def average_pool_backward(dy: Tensor) -> Tensor:
-    return _launch("repeat", dy, dy.shape[2:], _doubled(dy), 0.125)
+def _halve(name: str, x: Tensor, *scale: float) -> Tensor:
+    half = [m // 2 for m in x.shape[2:]]
+    return _launch(name, x, half, half, *scale)
 
 
 def upsample(x: Tensor, mode: str) -> Tensor:
-    return upsample_nearest(x) if mode == "nearest" else upsample_trilinear(x)
+    """(N, C, D, H, W) -> (N, C, 2D, 2H, 2W); "nearest", or "trilinear" with align_corners=False."""
+    return _double("repeat", x, 1.0) if mode == "nearest" else _double("trilinear", x)
 
 
 def upsample_backward(dy: Tensor, mode: str) -> Tensor:
-    return upsample_nearest_backward(dy) if mode == "nearest" else upsample_trilinear_backward(dy)
+    return _halve("pool", dy, 1.0) if mode == "nearest" else _halve("trilinear_backward", dy)
+
+
+def average_pool(x: Tensor) -> Tensor:
+    """(N, C, D, H, W), even axes -> (N, C, D/2, H/2, W/2), the means of 2x2x2 voxels."""
+    return _halve("pool", x, 0.125)
+
+
+def average_pool_backward(dy: Tensor) -> Tensor:
+    return _double("repeat", dy, 0.125)
 
 
 def launches(arch: int = 90):
-    """What benchmarks/aot.py compiles: every kernel at the published widths."""
-    for c in CHANNELS:
+    """What benchmarks/aot.py compiles: every kernel at the published widths, and for axes of one voxel, which Triton
+    compiles as constants."""
+    for c, one in (*((c, ()) for c in CHANNELS), (64, ("D", "H", "W"))):
         for name, kernel in KERNELS.items():
             bs, bc = tile(name, c, 1 << 12)
-            big, little = kernel.arg_names[:2]
+            source, target = kernel.arg_names[:2]
             yield {
-                "name": f"{name}, {c}", "kernel": kernel,
-                "signature": {big: "*fp16", little: "*fp16", "scale": "fp32"} | dict.fromkeys("DHWC", "i32"),
-                "constexprs": {"BS": bs, "BC": bc}, "num_warps": HELD[name][1], "num_stages": 3,
-                "divisible": [big, little, "C"], "bytes": 18 * bs * bc,
+                "name": f"{name}, {c}{', one voxel' if one else ''}", "kernel": kernel,
+                "signature": {source: "*fp16", target: "*fp16", "scale": "fp32"} | dict.fromkeys("DHWC", "i32"),
+                "constexprs": {"BS": bs, "BC": bc} | dict.fromkeys(one, 1), "num_warps": HELD[name][1],
+                "num_stages": 3, "divisible": [source, target, "C"], "bytes": 18 * bs * bc,
             }  # fmt: skip

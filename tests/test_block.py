@@ -191,5 +191,5 @@ def test_bad_input():
         group_norm_silu_conv3d(x, gw, gb, w[..., :1, :1, :1], b, 4)
     with pytest.raises(ValueError, match=name + r"channel_bias must be \(2, 12\), got \(12,\)"):
         group_norm_silu_conv3d(x, gw, gb, w, b, 4, channel_bias=b)
-    with pytest.raises(ValueError, match=name + r"residual must be \(2, 12, X, Y, Z\), got"):
+    with pytest.raises(ValueError, match=name + r"residual must be \(2, 12, 3, 4, 2\), got"):
         group_norm_silu_conv3d(x, gw, gb, w, b, 4, 1e-6, residual[:1])

@@ -147,6 +147,9 @@ def test_residual_and_channel_bias(dtype):
     compare(op, definition, tensors)
     with use_backend("reference"):
         assert error(op(*tensors), definition(*(t.double() for t in tensors))) <= 4 * EPS[dtype]
+    with use_backend("triton"):  # a channel bias and a bias with gaps between their numbers
+        gaps = [t.repeat_interleave(2, -1)[..., ::2] for t in (b, tensors[4])]
+        assert torch.equal(op(x, w, gaps[0], tensors[3], gaps[1]), op(*tensors))
 
 
 def test_same_bits_twice():
@@ -215,8 +218,8 @@ def test_a_forced_form_that_cannot_run_raises():
             upsample_conv3d(x.double(), w.double(), b.double())
     with pytest.raises(ValueError, match='mode must be "nearest" or "trilinear", got'):
         upsample_conv3d(x, w, b, mode="cubic")
-    with pytest.raises(ValueError, match=r"residual must be \(1, 4, X, Y, Z\), got"):
-        conv3d(x, w, b, residual=x[:, :3])
+    with pytest.raises(ValueError, match=r"residual must be \(1, 4, 6, 6, 6\), got \(1, 4, 6, 6, 3\)"):
+        conv3d(x, w, b, residual=x[..., :3])
     with pytest.raises(ValueError, match=r"channel_bias must be \(1, 4\), got \(4,\)"):
         conv3d(x, w, b, channel_bias=b)
 

@@ -50,6 +50,21 @@ def test_matches_float64(mode, backend, dtype):
 
 
 @pytest.mark.parametrize("mode", DEFINITIONS)
+def test_many_small_tiles(mode, monkeypatch):
+    """Several programs a plane and several blocks of channels, the last ones with voxels and channels that are not."""
+    kernels = pytest.importorskip("t2ct.kernels.resample")
+    monkeypatch.setattr(kernels, "tile", lambda name, c, plane: (8, 16))
+    x = make((2, 20, 2, 6, 4) if mode == "pool" else (2, 20, 2, 5, 3), torch.float32).requires_grad_()
+    with use_backend("triton"):
+        y = OPS[mode](x)
+        (dx,) = torch.autograd.grad(y, x, dy := make(y.shape, torch.float32))
+    exact_x = x.detach().double().requires_grad_()
+    exact = DEFINITIONS[mode](exact_x)
+    (exact_dx,) = torch.autograd.grad(exact, exact_x, dy.double())
+    assert error(y, exact) <= 1e-6 and error(dx, exact_dx) <= 1e-6
+
+
+@pytest.mark.parametrize("mode", DEFINITIONS)
 def test_registration(mode):
     if why_not("triton", DEVICE, torch.float32):
         pytest.skip(why_not("triton", DEVICE, torch.float32))

@@ -71,7 +71,7 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 
     Raises       ValueError for other shapes and devices; RuntimeError for mixed dtypes (torch's own) and for a forced
                  backend that cannot run.
     """
-    check("conv3d", x, weight, bias, residual, channel_bias)
+    check("conv3d", x, weight, bias, residual, channel_bias, stride, padding)
     if _perhaps_triton(x):
         x, weight, bias, residual, channel_bias = autocast(x, weight, bias, residual, channel_bias)
         if by_triton("conv3d", x, weight, stride):
@@ -157,7 +157,7 @@ def _inference(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None,
-          channel_bias: Tensor | None = None) -> None:
+          channel_bias: Tensor | None = None, stride: int = 1, padding: int = 1) -> None:
     """ValueError unless the shapes and devices of a convolution's arguments fit."""
     if x.dim() != 5 or not x.numel() or not x.is_floating_point():
         raise ValueError(f"{op}: x must be non-empty, floating (N, C, X, Y, Z), got {tuple(x.shape)} {x.dtype}")
@@ -167,8 +167,11 @@ def check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Ten
         raise ValueError(f"{op}: bias must be ({weight.shape[0]},), got {tuple(bias.shape)}")
     if channel_bias is not None and channel_bias.shape != (len(x), len(weight)):
         raise ValueError(f"{op}: channel_bias must be ({len(x)}, {len(weight)}), got {tuple(channel_bias.shape)}")
-    if residual is not None and (residual.dim() != 5 or residual.shape[:2] != (len(x), len(weight))):
-        raise ValueError(f"{op}: residual must be ({len(x)}, {len(weight)}, X, Y, Z), got {tuple(residual.shape)}")
+    if residual is not None:
+        size = ((m + 2 * padding - k) // stride + 1 for m, k in zip(x.shape[2:], weight.shape[2:], strict=True))
+        wanted = (len(x), len(weight), *size)
+        if residual.shape != wanted:
+            raise ValueError(f"{op}: residual must be {wanted}, got {tuple(residual.shape)}")
     for name, t in (("weight", weight), ("bias", bias), ("residual", residual), ("channel_bias", channel_bias)):
         if t is not None and t.device != x.device:  # torch would take a meta weight and make up numbers
             raise ValueError(f"{op}: {name} must be on {x.device}, got {t.device}")
