@@ -63,7 +63,7 @@ def main(path: str) -> None:
                 )
     races = [row for row in rows if "race" in row["extra_info"]]
     if races:
-        print("\nRaces: every form proven right, then taking turns in one run, medians. Ratio: ours to the best other.\n")
+        print("\nRaces: every form proven right, then taking turns in one run; medians, ours to the best other.\n")
         print("| op | best other | its time | t2ct | ratio |\n|---|---|---|---|---|")
         for row in races:
             e = row["extra_info"]

@@ -67,9 +67,14 @@ def watched(x: Tensor) -> bool:
             or torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0)
 
 
-@cache
 def why_not(backend: str, device: str, dtype: torch.dtype, channels_last: bool = True) -> str | None:
     """The reason `backend` cannot run on such tensors, or None. Tests skip with this string, users read it."""
+    if torch.compiler.is_compiling():  # torch.compile looks through a cache, and warns that it does
+        return _why_not(backend, device, dtype, channels_last)
+    return _why_not_cached(backend, device, dtype, channels_last)
+
+
+def _why_not(backend: str, device: str, dtype: torch.dtype, channels_last: bool = True) -> str | None:
     if backend == "cpu":
         if device != "cpu":
             return f"the tensors are on {device}"
@@ -113,6 +118,9 @@ def serves(target: str, capability: tuple[int, int]) -> bool:
     if target.endswith("a"):
         return capability == built
     return capability >= built and (kind == "compute" or capability[0] == built[0])
+
+
+_why_not_cached = cache(_why_not)
 
 
 def _why_not_triton(device: str, dtype: torch.dtype, channels_last: bool) -> str | None:
