@@ -6,12 +6,15 @@ import sys
 
 import torch
 
-UNET_LATENT, VAE_LATENT = (32, 32, 16), (16, 16, 16)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# on a GPU a published pass; a decode of half its edge, since MONAI's whole decode of the published size does not fit
+UNET_LATENT, VAE_LATENT = ((128, 128, 32), (64, 64, 16)) if DEVICE == "cuda" else ((32, 32, 16), (16, 16, 16))
 
 
 def build(network: str, peer: str, dtype: str):
     """A function without arguments that runs one pass; weights depend on a seed alone, so both peers have the same."""
     from t2ct.models import VAE, UNet
+    from t2ct.ops import use_backend
 
     torch.manual_seed(0)
     ours = UNet() if network == "unet" else VAE()
@@ -19,24 +22,34 @@ def build(network: str, peer: str, dtype: str):
     for p in ours.parameters():
         if not p.any():  # zero-initialised branches: a pass through zeros would prove nothing
             p.data.copy_(torch.randn(p.shape, generator=generator) * 0.02)
-    ours.eval().requires_grad_(False)
+    ours.eval().requires_grad_(False).to(DEVICE)
     x = torch.randn(1, 4, *(UNET_LATENT if network == "unet" else VAE_LATENT), generator=generator)
     t, context = torch.tensor([500.0]), torch.randn(1, 1, 768, generator=generator)
     label, spacing = torch.ones(1, dtype=torch.long), torch.tensor([[75.0, 75.0, 300.0]])
-    if peer == "t2ct":
-        if dtype == "bfloat16":
-            ours, x, context, spacing = ours.bfloat16(), x.bfloat16(), context.bfloat16(), spacing.bfloat16()
-        return (lambda: ours(x, t, context, label, spacing)) if network == "unet" else (lambda: ours.decode(x))
+    x, t, context, label, spacing = (v.to(DEVICE) for v in (x, t, context, label, spacing))
+    wanted = getattr(torch, dtype)
+    if peer.startswith("t2ct"):
+        ours, x, context, spacing = ours.to(wanted), x.to(wanted), context.to(wanted), spacing.to(wanted)
+        backend = "triton" if peer == "t2ct triton" else None
+
+        def mine():
+            with use_backend(backend):
+                return ours(x, t, context, label, spacing) if network == "unet" else ours.decode(x)
+
+        return mine
 
     theirs = monai_unet() if network == "unet" else monai_vae()
     theirs.load_state_dict(ours.state_dict(), assign=True)
     theirs.eval().requires_grad_(False)
+    passing, decode = theirs, theirs.decode
+    if peer == "monai compiled":
+        passing, decode = torch.compile(theirs), torch.compile(theirs.decode)
 
     def run():  # bfloat16 by autocast, as MAISI runs it: its average pooling has no bfloat16 of its own on a CPU
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        with torch.autocast(DEVICE, wanted, enabled=dtype != "float32"):
             if network == "vae":
-                return theirs.decode(x)
-            return theirs(x=x, timesteps=t, context=context, class_labels=label, spacing_tensor=spacing)
+                return decode(x)
+            return passing(x=x, timesteps=t, context=context, class_labels=label, spacing_tensor=spacing)
 
     return run
 
