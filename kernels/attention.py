@@ -16,6 +16,7 @@ FlashAttention-4 (lazy rescaling, exponentials on the FMA units).
 import torch
 import triton
 import triton.language as tl
+from t2ct.kernels.plan import architecture
 from torch import Tensor
 
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)  # whose bfloat16 products are wrong
@@ -247,13 +248,6 @@ def cross_kernel(
         p = tl.exp2(s - top[:, None])
         acc = tl.dot(p.to(z.dtype), z, input_precision=PRECISION)
         finish(acc, tl.sum(p, 1), top, out, lse, i0, o_n, N, BM, D, BD)
-
-
-def architecture(device: torch.device) -> int:
-    """The row of the table: 80, 90 or 100. Consumer chips (8.6, 8.9, 12.0) have the tensor cores of 80."""
-    if device.type != "cuda":
-        return 80
-    return {9: 90, 10: 100}.get(torch.cuda.get_device_capability(device)[0], 80)
 
 
 # (direction, architecture) -> {padded head dim up to: (queries, keys of a block, warps, stages)}. Reasoned and compiled
