@@ -41,14 +41,14 @@ def build(network: str, peer: str, dtype: str):
     theirs = monai_unet() if network == "unet" else monai_vae()
     theirs.load_state_dict(ours.state_dict(), assign=True)
     theirs.eval().requires_grad_(False)
-    passing, decode = theirs, theirs.decode
+    passing = theirs if network == "unet" else theirs.decode
     if peer == "monai compiled":
-        passing, decode = torch.compile(theirs), torch.compile(theirs.decode)
+        passing = torch.compile(passing)
 
     def run():  # bfloat16 by autocast, as MAISI runs it: its average pooling has no bfloat16 of its own on a CPU
         with torch.autocast(DEVICE, wanted, enabled=dtype != "float32"):
             if network == "vae":
-                return decode(x)
+                return passing(x)
             return passing(x=x, timesteps=t, context=context, class_labels=label, spacing_tensor=spacing)
 
     return run
