@@ -1,4 +1,7 @@
-"""docs/measured.md from a results file: python benchmarks/table.py benchmarks/results/NAME.json > docs/measured.md"""
+"""docs/measured.md from results files of one machine: python benchmarks/table.py benchmarks/results/NAME*.json
+
+Where two files hold the same row, the later file's counts.
+"""
 
 import json
 import sys
@@ -9,12 +12,14 @@ def megabytes(n: float) -> str:
     return f"{n / 1e6:.0f} MB"
 
 
-def main(path: str) -> None:
-    content = json.loads(Path(path).read_text())
-    machine, rows = content["machine_info"], content["benchmarks"]
+def main(*paths: str) -> None:
+    contents = [json.loads(Path(path).read_text()) for path in paths]
+    content = contents[-1]
+    machine = content["machine_info"]
+    rows = list({row["fullname"]: row for c in contents for row in c["benchmarks"]}.values())
     cpu = machine.get("cpu", {})
     print(
-        f"# Measured\n\nMade by `python benchmarks/table.py {path}`, never typed. {content['datetime'][:10]}, "
+        f"# Measured\n\nMade by `python benchmarks/table.py {' '.join(paths)}`, never typed. {content['datetime'][:10]}, "
         f"{cpu.get('brand_raw', machine['machine'])}, {machine['threads']} threads, "
         f"torch {machine['versions']['torch']}, MONAI {machine['versions']['monai']}. No figure here is a GPU's.\n"
     )
@@ -75,4 +80,4 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -97,6 +97,20 @@ def test_chain_of_statistics(forced, backend, dtype):
     assert error(z, group_norm_silu_conv3d(y, gw, gb, w, b, 2).double()) <= 4 * EPS[dtype]
 
 
+@each
+def test_overwriting(forced, dtype):
+    """Without a gradient the activated tensor takes x's place; with one x stays as it is."""
+    x, gw, gb, w, b, _, _ = make(dtype)
+    a = F.silu(F.group_norm(x.double(), 4, gw.double(), gb.double(), 1e-6))
+    exact = F.conv3d(a, w.double(), b.double(), padding=1)
+    mine = x.clone()
+    y, _ = group_norm_silu_conv3d_stats(mine, gw, gb, w, b, 4, overwrite=True)
+    assert error(y, exact) <= 8 * EPS[dtype] and not torch.equal(mine, x)
+    mine = x.clone().requires_grad_()
+    y, _ = group_norm_silu_conv3d_stats(mine, gw, gb, w, b, 4, overwrite=True)
+    assert error(y.detach(), exact) <= 8 * EPS[dtype] and torch.equal(mine, x)
+
+
 def saved_bytes(fn):
     """Bytes of the distinct memory that the graph of fn() keeps, parameters apart."""
     kept = {}

@@ -56,10 +56,12 @@ def norm_silu_conv(
     channel_bias: Tensor | None = None,
     stats: ops.Stats | None = None,
     following: nn.Module | None = None,
+    overwrite: bool = False,
 ) -> tuple[Tensor, ops.Stats | None]:
     """conv(norm(x)) [+ channel_bias] [+ residual] as one op, and the statistics of the result for the norm `following`.
 
-    conv: a Conv. Modules that somebody has put in its place, or hooked, are called as they are.
+    conv: a Conv. overwrite: x is not needed afterwards.
+    Modules that somebody has put in its place, or hooked, are called as they are.
     """
     *outer, last = conv.modules()
     hooked = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in (norm, *outer, last))
@@ -67,7 +69,7 @@ def norm_silu_conv(
         y, stats = ops.group_norm_silu_conv3d_stats(
             x, norm.weight, norm.bias, last.weight, last.bias, norm.num_groups, norm.eps, residual,
             channel_bias=channel_bias, stats=stats,
-            next_groups=following.num_groups if type(following) is GroupNormSiLU else 0,
+            next_groups=following.num_groups if type(following) is GroupNormSiLU else 0, overwrite=overwrite,
         )  # fmt: skip
         return channels_last(y), stats
     h = conv(norm(x))

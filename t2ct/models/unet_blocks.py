@@ -61,7 +61,7 @@ class ResBlock(nn.Module):
         if self.resample == "up":
             x = ops.upsample(x)
         same = isinstance(self.skip_connection, nn.Identity)
-        h, _ = norm_silu_conv(self.norm2, self.conv2, h, x if same else None, None, stats)
+        h, _ = norm_silu_conv(self.norm2, self.conv2, h, x if same else None, None, stats, overwrite=True)
         return h if same else self.skip_connection(x, residual=h)
 
 

@@ -79,7 +79,7 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h, stats = norm_silu_conv(self.norm1, self.conv1, x, following=self.norm2)
         same = isinstance(self.nin_shortcut, nn.Identity)
-        h, _ = norm_silu_conv(self.norm2, self.conv2, h, x if same else None, stats=stats)
+        h, _ = norm_silu_conv(self.norm2, self.conv2, h, x if same else None, stats=stats, overwrite=True)
         return h if same else self.nin_shortcut(x, residual=h)
 
 

@@ -52,9 +52,11 @@ def group_norm_silu_conv3d_stats(
     channel_bias: Tensor | None = None,
     stats: Stats | None = None,
     next_groups: int = 0,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Stats | None]:
     """`group_norm_silu_conv3d` in a chain: takes the statistics of x where they are known, and returns those of y for a
-    GroupNorm of next_groups groups and the same eps, or None where they are not free (only Triton's are)."""
+    GroupNorm of next_groups groups and the same eps, or None where they are not free (only Triton's are). overwrite:
+    nobody needs x any more, so without a gradient its memory may hold the activated tensor."""
     op = "group_norm_silu_conv3d"
     norm._check(op, x, gn_weight, gn_bias, groups)
     conv.check(op, x, conv_weight, conv_bias, residual, channel_bias)
@@ -68,19 +70,23 @@ def group_norm_silu_conv3d_stats(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         y, *following = _NormConv.apply(*tensors, mean, rstd, groups, eps, next_groups)
     else:
-        y, *following = _forward(*tensors, mean, rstd, groups, eps, next_groups)[0]
+        y, *following = _forward(*tensors, mean, rstd, groups, eps, next_groups, overwrite)[0]
     return y, tuple(following) or None
 
 
-def _forward(x, gn_weight, gn_bias, weight, bias, residual, channel_bias, mean, rstd, groups, eps, next_groups):
+def _forward(
+    x, gn_weight, gn_bias, weight, bias, residual, channel_bias, mean, rstd, groups, eps, next_groups, overwrite=False
+):
     """((y,) or (y, mean, rstd) of y's groups), then mean and rstd of x's."""
     x = norm._dense(x)
+    if overwrite and mean is None:
+        mean, m2, count = norm.group_stats(x, groups)
+        rstd = (m2 / count + eps).rsqrt()
     if mean is None:
         a, mean, rstd = choose("group_norm", norm.FORWARD, x)[1](x, gn_weight, gn_bias, groups, eps, True)
     else:
-        a = choose("group_apply", norm.APPLY, x)[1](
-            x, mean, rstd, gn_weight, gn_bias, groups, True, torch.empty_like(x)
-        )
+        out = x if overwrite else torch.empty_like(x)
+        a = choose("group_apply", norm.APPLY, x)[1](x, mean, rstd, gn_weight, gn_bias, groups, True, out)
     a, weight, bias, residual, channel_bias = conv.autocast(a, weight, bias, residual, channel_bias)
     if not conv.by_triton("group_norm_silu_conv3d", a, weight):
         with torch.autocast(x.device.type, enabled=False):
