@@ -19,7 +19,8 @@ def main(*paths: str) -> None:
     rows = list({row["fullname"]: row for c in contents for row in c["benchmarks"]}.values())
     cpu = machine.get("cpu", {})
     print(
-        f"# Measured\n\nMade by `python benchmarks/table.py {' '.join(paths)}`, never typed. {content['datetime'][:10]}, "
+        f"# Measured\n\nMade by `python benchmarks/table.py {' '.join(paths)}`, "
+        f"never typed. {content['datetime'][:10]}, "
         f"{cpu.get('brand_raw', machine['machine'])}, {machine['threads']} threads, "
         f"torch {machine['versions']['torch']}, MONAI {machine['versions']['monai']}. No figure here is a GPU's.\n"
     )
