@@ -194,22 +194,24 @@ def forward_kernel(
     top = tl.full((BM,), MASKED, tl.float32)
     end = tl.minimum(M, i0 + BM) if CAUSAL else M
     whole = (i0 + 1) // BN * BN if CAUSAL else M // BN * BN
-    for j0 in range(0, whole, BN):
-        y = tile(k, j0, k_n, M, BN, D, BD, False)
-        if COSINE:
-            y = unit(y, weight)
-        s = tl.dot(x, y.T, input_precision=PRECISION)
-        s = biased(s, i0, j0, N, M, c, bias, b_n, b_m, table, width, BM, BN, False, CAUSAL, BIAS, RELATIVE, False)
-        z = tile(v, j0, v_n, M, BN, D, BD, False)
-        acc, total, top = attend(acc, total, top, s, z, c, BIAS or RELATIVE, LAZY, EXP_SPLIT, PRECISION)
-    for j0 in range(whole, end, BN):
-        y = tile(k, j0, k_n, M, BN, D, BD, True)
-        if COSINE:
-            y = unit(y, weight)
-        s = tl.dot(x, y.T, input_precision=PRECISION)
-        s = biased(s, i0, j0, N, M, c, bias, b_n, b_m, table, width, BM, BN, True, CAUSAL, BIAS, RELATIVE, False)
-        z = tile(v, j0, v_n, M, BN, D, BD, True)
-        acc, total, top = attend(acc, total, top, s, z, c, BIAS or RELATIVE, LAZY, EXP_SPLIT, PRECISION)
+    if whole > 0:
+        for j0 in range(0, whole, BN):
+            y = tile(k, j0, k_n, M, BN, D, BD, False)
+            if COSINE:
+                y = unit(y, weight)
+            s = tl.dot(x, y.T, input_precision=PRECISION)
+            s = biased(s, i0, j0, N, M, c, bias, b_n, b_m, table, width, BM, BN, False, CAUSAL, BIAS, RELATIVE, False)
+            z = tile(v, j0, v_n, M, BN, D, BD, False)
+            acc, total, top = attend(acc, total, top, s, z, c, BIAS or RELATIVE, LAZY, EXP_SPLIT, PRECISION)
+    if whole < end:
+        for j0 in range(whole, end, BN):
+            y = tile(k, j0, k_n, M, BN, D, BD, True)
+            if COSINE:
+                y = unit(y, weight)
+            s = tl.dot(x, y.T, input_precision=PRECISION)
+            s = biased(s, i0, j0, N, M, c, bias, b_n, b_m, table, width, BM, BN, True, CAUSAL, BIAS, RELATIVE, False)
+            z = tile(v, j0, v_n, M, BN, D, BD, True)
+            acc, total, top = attend(acc, total, top, s, z, c, BIAS or RELATIVE, LAZY, EXP_SPLIT, PRECISION)
     finish(acc, total, top, out + b * o_b + h * o_h, lse + head.to(tl.int64) * N, i0, o_n, N, BM, D, BD)
 
 
