@@ -8,7 +8,6 @@ import pytest
 
 from t2ct.checks import EMBEDDED
 
-
 # A child counts the memory of the process it was forked from: a small one stands between, and measures.
 BETWEEN = """
 import os, subprocess, sys, time
