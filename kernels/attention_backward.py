@@ -175,26 +175,24 @@ def dq_kernel(
     acc = tl.zeros((BM, BD), tl.float32)
     end = tl.minimum(M, i0 + BM) if CAUSAL else M
     whole = (i0 + 1) // BN * BN if CAUSAL else M // BN * BN
-    if whole > 0:
-        for j0 in range(0, whole, BN):
-            y = tile(k, j0, k_n, M, BN, D, BD, False)
-            if COSINE:
-                y = unit(y, weight)
-            s = tl.dot(x, y.T, input_precision=PRECISION)
-            s = biased(s, i0, j0, N, M, c, bias, b_n, b_m, table, width, BM, BN, False, CAUSAL, BIAS, RELATIVE, False)
-            dp = tl.dot(g, tile(v, j0, v_n, M, BN, D, BD, False).T, input_precision=PRECISION)
-            ds = weights(s, row[:, None], c, BIAS or RELATIVE) * (dp - d[:, None])
-            acc = tl.dot(ds.to(y.dtype), y, acc, input_precision=PRECISION)
-    if whole < end:
-        for j0 in range(whole, end, BN):
-            y = tile(k, j0, k_n, M, BN, D, BD, True)
-            if COSINE:
-                y = unit(y, weight)
-            s = tl.dot(x, y.T, input_precision=PRECISION)
-            s = biased(s, i0, j0, N, M, c, bias, b_n, b_m, table, width, BM, BN, True, CAUSAL, BIAS, RELATIVE, False)
-            dp = tl.dot(g, tile(v, j0, v_n, M, BN, D, BD, True).T, input_precision=PRECISION)
-            ds = weights(s, row[:, None], c, BIAS or RELATIVE) * (dp - d[:, None])
-            acc = tl.dot(ds.to(y.dtype), y, acc, input_precision=PRECISION)
+    for j0 in range(0, whole, BN):
+        y = tile(k, j0, k_n, M, BN, D, BD, False)
+        if COSINE:
+            y = unit(y, weight)
+        s = tl.dot(x, y.T, input_precision=PRECISION)
+        s = biased(s, i0, j0, N, M, c, bias, b_n, b_m, table, width, BM, BN, False, CAUSAL, BIAS, RELATIVE, False)
+        dp = tl.dot(g, tile(v, j0, v_n, M, BN, D, BD, False).T, input_precision=PRECISION)
+        ds = weights(s, row[:, None], c, BIAS or RELATIVE) * (dp - d[:, None])
+        acc = tl.dot(ds.to(y.dtype), y, acc, input_precision=PRECISION)
+    for j0 in range(whole, end, BN):
+        y = tile(k, j0, k_n, M, BN, D, BD, True)
+        if COSINE:
+            y = unit(y, weight)
+        s = tl.dot(x, y.T, input_precision=PRECISION)
+        s = biased(s, i0, j0, N, M, c, bias, b_n, b_m, table, width, BM, BN, True, CAUSAL, BIAS, RELATIVE, False)
+        dp = tl.dot(g, tile(v, j0, v_n, M, BN, D, BD, True).T, input_precision=PRECISION)
+        ds = weights(s, row[:, None], c, BIAS or RELATIVE) * (dp - d[:, None])
+        acc = tl.dot(ds.to(y.dtype), y, acc, input_precision=PRECISION)
     acc *= scale
     if COSINE:
         acc, share = unit_gradient(raw, vector(q_scale, D, BD), acc)
