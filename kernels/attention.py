@@ -16,6 +16,7 @@ FlashAttention-4 (lazy rescaling, exponentials on the FMA units).
 import torch
 import triton
 import triton.language as tl
+from t2ct.kernels.attention_plan import MAX_ONE_BLOCK, config, padded
 from t2ct.kernels.plan import architecture
 from torch import Tensor
 
@@ -24,7 +25,6 @@ LOG2E = tl.constexpr(1.4426950408889634)
 MASKED = tl.constexpr(-1e30)  # the first running maximum: finite, so that -inf - maximum is never NaN
 LAZY_GROWTH = tl.constexpr(8.0)  # lazy rescaling: powers of two by which a row may outgrow its maximum (p up to 256)
 EPS = tl.constexpr(1e-12)  # of F.normalize
-MAX_HEAD_DIM, MAX_ONE_BLOCK = 128, 128
 
 
 @triton.jit
@@ -78,27 +78,39 @@ def unit_gradient(x, weight, g):
 
 
 @triton.jit
-def biased(
-    s, i0, j0, N, M, c, bias, b_n, b_m, table, width,
+def logits(
+    x, y, i0, j0, N, M, scale, bias, b_n, b_m, table, width,
     BM: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
-    BIAS: tl.constexpr, RELATIVE: tl.constexpr, TURNED: tl.constexpr,
+    BIAS: tl.constexpr, RELATIVE: tl.constexpr, PRECISION: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
-    """Logits from products s (BM, BN), or (BN, BM) if TURNED: times c, base 2, with a bias; else s itself, masked."""
+    """Products of queries x and keys y plus the biases over scale: (BM, BN), or (BN, BM) if TURNED; masked.
+
+    The biases are what the products are added to, so what was loaded takes the layout of the matrix unit at once.
+    Added afterwards they drag the softmax into theirs (sm_80, D=32: 62 instructions a logit, not 12).
+    """
     i, j = i0 + tl.arange(0, BM), j0 + tl.arange(0, BN)
     i, j = (i[None, :], j[:, None]) if TURNED else (i[:, None], j[None, :])
+    if TURNED:
+        left, right = y, x.T
+    else:
+        left, right = x, y.T
     if BIAS or RELATIVE:
-        inside = (i < N) & (j < M)
-        s = s * c
-    if BIAS:
-        first = bias + tl.cast(i0, tl.int64) * b_n + tl.cast(j0, tl.int64) * b_m
-        b = tl.load(first + ((i - i0) * b_n + (j - j0) * b_m), mask=inside, other=0.0)
-        s = tl.fma(b.to(tl.float32), LOG2E, s)
-    if RELATIVE:
-        line = 2 * width - 1
-        of_i, of_j = i // width * line + i % width, j // width * line + j % width
-        centre = (N // width - 1) * line + width - 1
-        b = tl.load(table + (of_i - of_j + centre), mask=inside, other=0.0)
-        s = tl.fma(b.to(tl.float32), LOG2E, s)
+        inside = i + 0 * j < N
+        if MASK or TURNED:  # blocks of keys without a mask end before M, unless they are the rows
+            inside = inside & (j < M)
+        start = tl.zeros((left.shape[0], right.shape[1]), tl.float32)
+        if BIAS:
+            first = bias + tl.cast(i0, tl.int64) * b_n + tl.cast(j0, tl.int64) * b_m
+            b = tl.load(first + ((i - i0) * b_n + (j - j0) * b_m), mask=inside, other=0.0)
+            start += b.to(tl.float32)
+        if RELATIVE:
+            line = 2 * width - 1
+            of_i, of_j = i // width * line + i % width, j // width * line + j % width
+            centre = (N // width - 1) * line + width - 1
+            start += tl.load(table + (of_i - of_j + centre), mask=inside, other=0.0).to(tl.float32)
+        s = tl.dot(left, right, start * (1.0 / scale), input_precision=PRECISION)
+    else:
+        s = tl.dot(left, right, input_precision=PRECISION)
     if MASK:
         ok = j < M
         if CAUSAL:
@@ -134,20 +146,13 @@ def exponentials(x, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def attend(acc, total, top, s, v, c, SCALED: tl.constexpr, LAZY: tl.constexpr, EXP_SPLIT: tl.constexpr,
-           PRECISION: tl.constexpr):  # fmt: skip
+def attend(acc, total, top, s, v, c, LAZY: tl.constexpr, EXP_SPLIT: tl.constexpr, PRECISION: tl.constexpr):
     """One step of online softmax: the sum of weighted values, the sum of weights, and the maximum they refer to."""
-    new = tl.max(s, 1)
-    if not SCALED:
-        new = new * c
-    new = tl.maximum(top, new)
+    new = tl.maximum(top, tl.max(s, 1) * c)
     if LAZY:  # the reference may lag behind the maximum: weights stay exact, they are only not bounded by 1
         new = tl.where(new - top > LAZY_GROWTH, new, top)
     alpha = tl.exp2(top - new)
-    if SCALED:
-        p = exponentials(s - new[:, None], EXP_SPLIT)
-    else:
-        p = exponentials(tl.fma(s, c, -new[:, None]), EXP_SPLIT)
+    p = exponentials(tl.fma(s, c, -new[:, None]), EXP_SPLIT)
     total = total * alpha + tl.sum(p, 1)
     if LAZY:
         if tl.max((new > top).to(tl.int32), 0) > 0:
@@ -194,22 +199,26 @@ def forward_kernel(
     top = tl.full((BM,), MASKED, tl.float32)
     end = tl.minimum(M, i0 + BM) if CAUSAL else M
     whole = (i0 + 1) // BN * BN if CAUSAL else M // BN * BN
-    for j0 in range(0, whole, BN):
-        y = tile(k, j0, k_n, M, BN, D, BD, False)
-        if COSINE:
-            y = unit(y, weight)
-        s = tl.dot(x, y.T, input_precision=PRECISION)
-        s = biased(s, i0, j0, N, M, c, bias, b_n, b_m, table, width, BM, BN, False, CAUSAL, BIAS, RELATIVE, False)
-        z = tile(v, j0, v_n, M, BN, D, BD, False)
-        acc, total, top = attend(acc, total, top, s, z, c, BIAS or RELATIVE, LAZY, EXP_SPLIT, PRECISION)
-    for j0 in range(whole, end, BN):
-        y = tile(k, j0, k_n, M, BN, D, BD, True)
-        if COSINE:
-            y = unit(y, weight)
-        s = tl.dot(x, y.T, input_precision=PRECISION)
-        s = biased(s, i0, j0, N, M, c, bias, b_n, b_m, table, width, BM, BN, True, CAUSAL, BIAS, RELATIVE, False)
-        z = tile(v, j0, v_n, M, BN, D, BD, True)
-        acc, total, top = attend(acc, total, top, s, z, c, BIAS or RELATIVE, LAZY, EXP_SPLIT, PRECISION)
+    # Loops that may not run stand behind an `if`: where "never ran" and "matrix products in flight" meet, ptxas makes
+    # every wgmma wait for the one before (C7515).
+    if whole > 0:
+        for j0 in range(0, whole, BN):
+            y = tile(k, j0, k_n, M, BN, D, BD, False)
+            if COSINE:
+                y = unit(y, weight)
+            s = logits(x, y, i0, j0, N, M, scale, bias, b_n, b_m, table, width, BM, BN, False, CAUSAL, BIAS, RELATIVE,
+                       PRECISION, False)
+            z = tile(v, j0, v_n, M, BN, D, BD, False)
+            acc, total, top = attend(acc, total, top, s, z, c, LAZY, EXP_SPLIT, PRECISION)
+    if whole < end:
+        for j0 in range(whole, end, BN):
+            y = tile(k, j0, k_n, M, BN, D, BD, True)
+            if COSINE:
+                y = unit(y, weight)
+            s = logits(x, y, i0, j0, N, M, scale, bias, b_n, b_m, table, width, BM, BN, True, CAUSAL, BIAS, RELATIVE,
+                       PRECISION, False)
+            z = tile(v, j0, v_n, M, BN, D, BD, True)
+            acc, total, top = attend(acc, total, top, s, z, c, LAZY, EXP_SPLIT, PRECISION)
     finish(acc, total, top, out + b * o_b + h * o_h, lse + head.to(tl.int64) * N, i0, o_n, N, BM, D, BD)
 
 
@@ -240,57 +249,12 @@ def cross_kernel(
         x = tile(q, i0, q_n, N, BM, D, BD, True)
         if COSINE:
             x = unit(x, weight)
-        s = tl.dot(x, y.T, input_precision=PRECISION)
-        s = biased(s, i0, 0, N, M, c, bias, b_n, b_m, table, width, BM, BN, True, CAUSAL, BIAS, RELATIVE, False)
-        if not (BIAS or RELATIVE):
-            s = s * c
-        top = tl.maximum(tl.max(s, 1), MASKED)
-        p = tl.exp2(s - top[:, None])
+        s = logits(x, y, i0, 0, N, M, scale, bias, b_n, b_m, table, width, BM, BN, True, CAUSAL, BIAS, RELATIVE,
+                   PRECISION, False)
+        top = tl.maximum(tl.max(s, 1) * c, MASKED)
+        p = tl.exp2(tl.fma(s, c, -top[:, None]))
         acc = tl.dot(p.to(z.dtype), z, input_precision=PRECISION)
         finish(acc, tl.sum(p, 1), top, out, lse, i0, o_n, N, BM, D, BD)
-
-
-# (direction, architecture) -> {padded head dim up to: (queries, keys of a block, warps, stages)}. Reasoned and compiled
-# (no spills, see `launches`), not measured.
-BLOCKS = {
-    ("forward", 80): {32: (128, 64, 4, 3), 64: (128, 64, 4, 3), 128: (128, 64, 8, 2)},
-    ("forward", 90): {32: (128, 128, 4, 3), 64: (128, 128, 8, 3), 128: (128, 128, 8, 2)},
-    ("forward", 100): {32: (128, 128, 8, 3), 64: (128, 128, 8, 3), 128: (128, 128, 8, 2)},
-    ("cross", 80): {32: (128, 128, 4, 2), 64: (64, 128, 4, 2), 128: (64, 128, 8, 2)},
-    ("dkdv", 80): {32: (64, 128, 8, 2), 64: (64, 64, 8, 2), 128: (32, 64, 8, 2)},
-    ("dq", 80): {32: (128, 64, 4, 2), 64: (128, 64, 8, 2), 128: (128, 32, 8, 2)},
-    ("bias", 80): {32: (64, 64, 8, 2), 64: (32, 64, 8, 2), 128: (32, 64, 8, 1)},
-    ("bias", 90): {64: (64, 64, 8, 2), 128: (64, 32, 8, 1)},
-    ("bias", 100): {64: (64, 64, 8, 2), 128: (64, 32, 8, 1)},
-}  # fmt: skip
-# With a bias every logit has an address or two besides: fewer logits a thread.
-BIASED = {
-    ("forward", 80): {128: (64, 64, 8, 2)},
-    ("cross", 80): {128: (32, 128, 8, 2)},
-    ("cross", 90): {128: (64, 128, 8, 2)},
-    ("cross", 100): {128: (64, 128, 8, 1)},
-    ("dkdv", 80): {32: (32, 64, 4, 2), 64: (64, 64, 8, 2), 128: (32, 64, 8, 2)},
-    ("dkdv", 90): {64: (64, 64, 8, 2), 128: (32, 64, 8, 2)},
-    ("dkdv", 100): {64: (64, 64, 8, 2), 128: (32, 64, 8, 2)},
-    ("dq", 80): {64: (64, 64, 8, 2), 128: (64, 32, 8, 2)},
-}  # fmt: skip
-FLOAT32 = {32: (64, 32, 4, 1), 64: (32, 32, 4, 1), 128: (32, 16, 4, 1)}  # full products run on the FMA units
-
-
-def config(arch: int, head_dim: int, direction: str, itemsize: int = 2, biased: bool = False) -> dict[str, int]:
-    """Launch parameters of a direction: "forward", "cross", "dkdv", "dq" or "bias" (gradients); head_dim up to 128."""
-    book = BIASED if biased and direction != "bias" else BLOCKS
-    table = book.get((direction, arch)) or book[direction, 80]
-    rows = FLOAT32 if itemsize > 2 else table
-    bm, bn, warps, stages = next(row for limit, row in rows.items() if head_dim <= limit)
-    if direction == "cross":
-        bn = MAX_ONE_BLOCK
-    return {"BM": bm, "BN": bn, "num_warps": warps, "num_stages": stages}
-
-
-def padded(n: int) -> int:
-    """n as the side of a tile: a power of two that a matrix instruction takes."""
-    return max(16, triton.next_power_of_2(n))
 
 
 def constants(q: Tensor, bias, table, q_scale, causal: bool) -> dict:
@@ -300,12 +264,11 @@ def constants(q: Tensor, bias, table, q_scale, causal: bool) -> dict:
             "COSINE": q_scale is not None, "PRECISION": "ieee"}
 
 
-def rows_first(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def rows_first(like: Tensor) -> Tensor:
     """An empty (B, H, N, D) whose memory is (B, N, H, D), so that merging the heads copies nothing. The interpreter
     would truncate to bfloat16: it gets float32."""
     b, h, n, d = like.shape
-    dtype = dtype or like.dtype
-    dtype = torch.float32 if INTERPRET.value and dtype == torch.bfloat16 else dtype
+    dtype = torch.float32 if INTERPRET.value and like.dtype == torch.bfloat16 else like.dtype
     return torch.empty(b, n, h, d, dtype=dtype, device=like.device).transpose(1, 2)
 
 
@@ -333,7 +296,7 @@ def attention(
     (b, h, n, _), m = q.shape, k.shape[2]
     fixed = constants(q, bias, table, q_scale, causal)
     out, lse = rows_first(q), torch.empty(b, h, n, dtype=torch.float32, device=q.device)
-    one_block = m <= MAX_ONE_BLOCK and "EXP_SPLIT" not in options and "LAZY" not in options
+    one_block = m <= MAX_ONE_BLOCK[q.element_size()] and "EXP_SPLIT" not in options and "LAZY" not in options
     at = config(architecture(q.device), fixed["BD"], "cross" if one_block else "forward", q.element_size(),
                 fixed["BIAS"] or fixed["RELATIVE"])
     at["BM"] = min(at["BM"], padded(n))
@@ -346,9 +309,6 @@ def attention(
         *strides(q, k, v), *bias_strides(bias, q, k), *strides(out), h, n, m, width, scale, **fixed, **at,
     )  # fmt: skip
     return out.to(q.dtype), lse
-
-
-POINTERS = ("q", "k", "v", "bias", "table", "q_scale", "k_scale", "out", "lse")
 
 
 def launches(arch: int):
@@ -365,12 +325,14 @@ def launches(arch: int):
             for form, changed in forms.items():
                 if arch == 100 and "LAZY" in changed:  # Triton 3.7's compiler fails on it
                     continue
-                if (form and d != 32) or (changed.keys() & {"LAZY", "EXP_SPLIT"} and direction != "forward"):
+                if form and d != 32 and (d, form) != (64, ", bias"):
+                    continue
+                if changed.keys() & {"LAZY", "EXP_SPLIT"} and direction != "forward":
                     continue
                 at = config(arch, d, direction, 2, bool(changed.keys() & {"BIAS", "RELATIVE"}))
                 if "EXP_SPLIT" in changed:
                     at["BN"] = 64
-                fixed = plain | {"D": d, "BD": d, "LAZY": 0, "EXP_SPLIT": 0, "TILES": 4} | at | changed
+                fixed = plain | {"D": d, "BD": d, "LAZY": 0, "EXP_SPLIT": 0, "TILES": 4, "b_m": 1} | at | changed
                 if direction == "bias":
                     fixed |= {"BIAS": not fixed["RELATIVE"], "OF_TABLE": fixed["RELATIVE"]}
                 names = kernel.arg_names

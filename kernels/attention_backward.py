@@ -15,12 +15,9 @@ import triton
 import triton.language as tl
 from t2ct.kernels.attention import (
     LOG2E,
-    architecture,
     bias_strides,
-    biased,
-    config,
     constants,
-    padded,
+    logits,
     put,
     rows_first,
     strides,
@@ -30,11 +27,12 @@ from t2ct.kernels.attention import (
     unit_stride,
     vector,
 )
+from t2ct.kernels.attention_plan import config, padded
+from t2ct.kernels.plan import architecture
 from torch import Tensor
 
 FILL = 264  # programs that keep the largest chips busy: two for each of 132 multiprocessors
 SPLIT_ROWS = 1024  # no split of the queries is shorter
-MAX_WIDTH = 128  # of the grid of a relative bias
 
 
 @triton.jit
@@ -52,13 +50,8 @@ def delta_kernel(
 
 
 @triton.jit
-def weights(s, lse, c, SCALED: tl.constexpr):
-    return tl.exp2(s - lse) if SCALED else tl.exp2(tl.fma(s, c, -lse))
-
-
-@triton.jit
 def key_step(
-    dk, dv, y, z, q, weight, do, lse, delta, i0, j0, q_n, g_n, N, M, c, bias, b_n, b_m, table, width,
+    dk, dv, y, z, q, weight, do, lse, delta, i0, j0, q_n, g_n, N, M, scale, bias, b_n, b_m, table, width,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, CHECK: tl.constexpr,
     CAUSAL: tl.constexpr, BIAS: tl.constexpr, RELATIVE: tl.constexpr, COSINE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -72,9 +65,9 @@ def key_step(
         d = tl.load(delta + i, mask=i < N, other=0.0)
     else:
         row, d = tl.load(lse + i), tl.load(delta + i)
-    s = tl.dot(y, x.T, input_precision=PRECISION)
-    s = biased(s, i0, j0, N, M, c, bias, b_n, b_m, table, width, BM, BN, MASK, CAUSAL, BIAS, RELATIVE, True)
-    p = weights(s, row[None, :], c, BIAS or RELATIVE)
+    s = logits(x, y, i0, j0, N, M, scale, bias, b_n, b_m, table, width, BM, BN, MASK, CAUSAL, BIAS, RELATIVE, PRECISION,
+               True)
+    p = tl.exp2(tl.fma(s, scale * LOG2E, -row[None, :]))
     g = tile(do, i0, g_n, N, BM, D, BD, CHECK)
     dv = tl.dot(p.to(g.dtype), g, dv, input_precision=PRECISION)
     ds = p * (tl.dot(z, g.T, input_precision=PRECISION) - d[None, :])
@@ -104,7 +97,6 @@ def dkdv_kernel(
     delta += head.to(tl.int64) * N
     if RELATIVE:
         table += h * ((2 * (N // width) - 1) * (2 * width - 1))
-    c = scale * LOG2E
     raw = tile(k + b * k_b + h * k_h, j0, k_n, M, BN, D, BD, True)
     z = tile(v + b * v_b + h * v_h, j0, v_n, M, BN, D, BD, True)
     y = raw
@@ -120,14 +112,14 @@ def dkdv_kernel(
         clean = tl.minimum(tl.maximum(first, tl.cdiv(j0 + BN - 1, BM) * BM), end)
         first = tl.maximum(first, j0 // BM * BM)
         for i0 in range(first, clean, BM):
-            gk, gv = key_step(gk, gv, y, z, q, weight, do, lse, delta, i0, j0, q_n, g_n, N, M, c, bias, b_n, b_m,
+            gk, gv = key_step(gk, gv, y, z, q, weight, do, lse, delta, i0, j0, q_n, g_n, N, M, scale, bias, b_n, b_m,
                               table, width, D, BD, BM, BN, True, True, CAUSAL, BIAS, RELATIVE, COSINE, PRECISION)
     ragged = tl.maximum(clean, end // BM * BM)
     for i0 in range(clean, ragged, BM):
-        gk, gv = key_step(gk, gv, y, z, q, weight, do, lse, delta, i0, j0, q_n, g_n, N, M, c, bias, b_n, b_m,
+        gk, gv = key_step(gk, gv, y, z, q, weight, do, lse, delta, i0, j0, q_n, g_n, N, M, scale, bias, b_n, b_m,
                           table, width, D, BD, BM, BN, False, False, CAUSAL, BIAS, RELATIVE, COSINE, PRECISION)
     for i0 in range(ragged, end, BM):
-        gk, gv = key_step(gk, gv, y, z, q, weight, do, lse, delta, i0, j0, q_n, g_n, N, M, c, bias, b_n, b_m,
+        gk, gv = key_step(gk, gv, y, z, q, weight, do, lse, delta, i0, j0, q_n, g_n, N, M, scale, bias, b_n, b_m,
                           table, width, D, BD, BM, BN, False, True, CAUSAL, BIAS, RELATIVE, COSINE, PRECISION)
     at = split.to(tl.int64) * d_s + b * d_b + h * d_h
     gk *= scale
@@ -175,24 +167,26 @@ def dq_kernel(
     acc = tl.zeros((BM, BD), tl.float32)
     end = tl.minimum(M, i0 + BM) if CAUSAL else M
     whole = (i0 + 1) // BN * BN if CAUSAL else M // BN * BN
-    for j0 in range(0, whole, BN):
-        y = tile(k, j0, k_n, M, BN, D, BD, False)
-        if COSINE:
-            y = unit(y, weight)
-        s = tl.dot(x, y.T, input_precision=PRECISION)
-        s = biased(s, i0, j0, N, M, c, bias, b_n, b_m, table, width, BM, BN, False, CAUSAL, BIAS, RELATIVE, False)
-        dp = tl.dot(g, tile(v, j0, v_n, M, BN, D, BD, False).T, input_precision=PRECISION)
-        ds = weights(s, row[:, None], c, BIAS or RELATIVE) * (dp - d[:, None])
-        acc = tl.dot(ds.to(y.dtype), y, acc, input_precision=PRECISION)
-    for j0 in range(whole, end, BN):
-        y = tile(k, j0, k_n, M, BN, D, BD, True)
-        if COSINE:
-            y = unit(y, weight)
-        s = tl.dot(x, y.T, input_precision=PRECISION)
-        s = biased(s, i0, j0, N, M, c, bias, b_n, b_m, table, width, BM, BN, True, CAUSAL, BIAS, RELATIVE, False)
-        dp = tl.dot(g, tile(v, j0, v_n, M, BN, D, BD, True).T, input_precision=PRECISION)
-        ds = weights(s, row[:, None], c, BIAS or RELATIVE) * (dp - d[:, None])
-        acc = tl.dot(ds.to(y.dtype), y, acc, input_precision=PRECISION)
+    if whole > 0:
+        for j0 in range(0, whole, BN):
+            y = tile(k, j0, k_n, M, BN, D, BD, False)
+            if COSINE:
+                y = unit(y, weight)
+            s = logits(x, y, i0, j0, N, M, scale, bias, b_n, b_m, table, width, BM, BN, False, CAUSAL, BIAS, RELATIVE,
+                       PRECISION, False)
+            dp = tl.dot(g, tile(v, j0, v_n, M, BN, D, BD, False).T, input_precision=PRECISION)
+            ds = tl.exp2(tl.fma(s, c, -row[:, None])) * (dp - d[:, None])
+            acc = tl.dot(ds.to(y.dtype), y, acc, input_precision=PRECISION)
+    if whole < end:
+        for j0 in range(whole, end, BN):
+            y = tile(k, j0, k_n, M, BN, D, BD, True)
+            if COSINE:
+                y = unit(y, weight)
+            s = logits(x, y, i0, j0, N, M, scale, bias, b_n, b_m, table, width, BM, BN, True, CAUSAL, BIAS, RELATIVE,
+                       PRECISION, False)
+            dp = tl.dot(g, tile(v, j0, v_n, M, BN, D, BD, True).T, input_precision=PRECISION)
+            ds = tl.exp2(tl.fma(s, c, -row[:, None])) * (dp - d[:, None])
+            acc = tl.dot(ds.to(y.dtype), y, acc, input_precision=PRECISION)
     acc *= scale
     if COSINE:
         acc, share = unit_gradient(raw, vector(q_scale, D, BD), acc)
@@ -251,14 +245,13 @@ def bias_kernel(
         at = (b * H + h) * N + i0 + r
         row = tl.load(lse + at, mask=r < rows, other=float("inf"))
         d = tl.load(delta + at, mask=r < rows, other=0.0)
-        s = tl.dot(x, y.T, input_precision=PRECISION)
         of_head = table
         if RELATIVE:
             of_head += h * ((2 * (N // width) - 1) * (2 * width - 1))
-        s = biased(s, i0, j0, N, M, c, bias + b * b_b + h * b_h, b_n, b_m, of_head, width, BM, BN, True, CAUSAL, BIAS,
-                   RELATIVE, False)
+        s = logits(x, y, i0, j0, N, M, scale, bias + b * b_b + h * b_h, b_n, b_m, of_head, width, BM, BN, True, CAUSAL,
+                   BIAS, RELATIVE, PRECISION, False)
         dp = tl.dot(g, z.T, input_precision=PRECISION)
-        acc += tl.where(inside, weights(s, row[:, None], c, BIAS or RELATIVE) * (dp - d[:, None]), 0.0)
+        acc += tl.where(inside, tl.exp2(tl.fma(s, c, -row[:, None])) * (dp - d[:, None]), 0.0)
     if OF_TABLE:
         at = (group * tl.num_programs(0) + pid).to(tl.int64) * width * width
         tl.store(partial + at + r[:, None] * width + t[None, :], acc, mask=inside)
@@ -315,7 +308,8 @@ def attention_backward(
                           **at)
         made[3] = partial.sum_to_size(bias.shape).to(bias.dtype)
     if table is not None and needs[4]:
-        high, at["BM"], at["BN"] = n // width, padded(width), padded(width)
+        high, side = n // width, padded(width)
+        at |= {"BM": side, "BN": side, "num_warps": 8 if side == 128 else 4, "num_stages": 1}
         splits = min(b, 8)
         partial = torch.empty(splits, h, 2 * high - 1, width, width, device=q.device)
         bias_kernel[(h * (2 * high - 1), splits)](

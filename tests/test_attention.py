@@ -1,5 +1,9 @@
 """attention: every backend against float64, values and gradients of everything it takes."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -144,20 +148,77 @@ def test_compiled_whole(backend):
 
 def test_gradcheck():
     tensors, causal = make("relative", torch.float64)
-    small = [t.detach().requires_grad_() for t in tensors.values()]
+    small = [t[:1, :, :, :3].detach().requires_grad_() for name, t in tensors.items() if name != "table"]
+    small.append(tensors["table"].requires_grad_())
     with use_backend("reference"):
         assert torch.autograd.gradcheck(lambda q, k, v, t: attention(q, k, v, relative_bias=(t, GRID)), small)
 
 
-def test_masked_rows_and_large_logits_are_numbers():
-    triton_or_skip()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masked_rows_and_large_logits_are_numbers(backend):
+    if why_not_attention(backend, DEVICE, torch.float16):
+        pytest.skip(why_not_attention(backend, DEVICE, torch.float16))
     tensors, _ = make("plain", torch.float16)
     bias = torch.zeros(1, 2, 20, 20, device=DEVICE, dtype=torch.float16)
     bias[:, :, 3] = -torch.inf
-    with use_backend("triton"):
-        y = attention(tensors["q"], tensors["k"], tensors["v"], bias)
+    with use_backend(backend):
+        y, *gradients = run(tensors | {"bias": bias}, False, attention, torch.ones_like(tensors["q"]))
         assert (y[:, :, 3] == 0).all() and y.isfinite().all()
-        assert attention(200 * tensors["q"], 200 * tensors["k"], tensors["v"]).isfinite().all()
+        assert all(g.isfinite().all() for g in gradients) and (gradients[0][:, :, 3] == 0).all()
+        assert attention(20 * tensors["q"], 20 * tensors["k"], tensors["v"]).isfinite().all()
+
+
+@pytest.mark.parametrize("case", ("few keys", "causal blocks", "cosine"))
+def test_split_queries(case, monkeypatch):
+    """Few keys share the queries out among programs: the gradients of keys, values and scales are merged in order."""
+    triton_or_skip()
+    from t2ct.kernels import attention_backward
+
+    tensors, causal = make(case, torch.float32)
+    do = torch.randn_like(tensors["q"])
+    exact = run({name: t.double() for name, t in tensors.items()}, causal, definition, do)
+    kernel, grids = attention_backward.dkdv_kernel, []
+
+    class Spy:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(attention_backward, "SPLIT_ROWS", 16)
+    monkeypatch.setattr(attention_backward, "dkdv_kernel", Spy())
+    with use_backend("triton"):
+        parts = run(tensors, causal, attention, do)
+    assert [splits > 1 for _, splits in grids] == [True]
+    assert all(error(part, truth) <= 2e-6 for part, truth in zip(parts, exact, strict=True))
+
+
+def test_products_overlap_on_sm_90():
+    """ptxas can be led to make every wgmma wait for the one before; it says so (C7515) only when asked."""
+    pytest.importorskip("triton")
+    code = """
+import re, subprocess, sys, tempfile
+sys.path.insert(0, "benchmarks")
+import aot
+for row in aot.rows("attention", 90):
+    if re.fullmatch("(forward|dkdv|dq), D=32", row["name"]):
+        with tempfile.NamedTemporaryFile("w", suffix=".ptx") as f:
+            f.write(aot.compiled(row, 90).asm["ptx"])
+            f.flush()
+            command = [aot.TOOLS / "ptxas", "-v", "-arch=sm_90a", f.name, "-o", "/dev/null"]
+            said = subprocess.run(command, capture_output=True, text=True, check=True)
+        print(row["name"], said.stdout + said.stderr)
+"""
+    root = Path(__file__).parent.parent
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root).stdout
+    assert said.count("Used ") == 3 and "serialized" not in said, said
+
+
+def test_shapes_alone():
+    """Meta tensors have shapes whatever backend is forced."""
+    q = torch.empty(2, 3, 40, 16, device="meta")
+    for backend in (None, "triton"):
+        with use_backend(backend):
+            assert attention(q, q, q).shape == q.shape
 
 
 def test_clip_by_triton():

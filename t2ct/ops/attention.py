@@ -37,7 +37,7 @@ def attention(
     relative_bias   (table (H, (2h-1)(2w-1)), (h, w)): added to the logits by the offset of query and key on an h x w
                     grid, N == M == h·w; row-major offsets from (1-h, 1-w) on (CT-ViT's continuous position bias)
     q_scale, k_scale  (D,) both or neither: q and k are brought to unit length, then multiplied by them
-    Returns         (B, H, N, Dv) in q's dtype
+    Returns         (B, H, N, Dv) in q's dtype; 0 where the bias forbids every key
     Raises          ValueError for other shapes, dtypes and devices; RuntimeError for a forced backend that cannot run
 
     Backends: triton (never stores N x M), sdpa (torch's), xformers, reference (the formula in float32 or wider).
@@ -78,7 +78,10 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: floa
         s = s + bias.to(wide)
     if causal:
         s = s.masked_fill(_future(q, k), float("-inf"))
-    return (s.softmax(-1) @ v.to(wide)).to(q.dtype)
+    if bias is None:
+        return (s.softmax(-1) @ v.to(wide)).to(q.dtype)
+    dead = (s == float("-inf")).all(-1, keepdim=True)  # no key is allowed: 0, as from the other backends, not NaN
+    return (s.masked_fill(dead, 0).softmax(-1).masked_fill(dead, 0) @ v.to(wide)).to(q.dtype)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, causal: bool) -> Tensor:
@@ -122,6 +125,8 @@ def _choose(q: Tensor, k: Tensor, v: Tensor, scale: float, relative_bias: Relati
     reason: str | None = None
     backend = ""
     for backend in candidates(TABLE):
+        if backend == "triton" and q.is_meta:
+            return backend  # shapes alone: the custom op has them
         reason = why_not_attention(backend, q.device.type, q.dtype)
         if backend == "triton" and reason is None:
             reason = _shapes(q, v, scale, relative_bias)
