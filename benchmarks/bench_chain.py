@@ -111,7 +111,7 @@ def test_chain(c, size, dtype, gradient, race, benchmark):
 
 @pytest.mark.parametrize("dtype", DTYPES, **ids)
 @pytest.mark.parametrize("c,size", SIZES[:4] if CUDA else [(128, (32, 32, 16)), (64, (32, 32, 32))], **ids)
-def test_norm_and_doubling(c, size, dtype, race, benchmark):
+def test_doubling(c, size, dtype, race, benchmark):
     """Nearest doubling and convolution: the two in turn against the folded one."""
     benchmark.group = f"upsample_conv3d {c} at {size} {dtype}".replace("torch.", "")
     x, _, _, w, b = tensors(c, size, dtype)

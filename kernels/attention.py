@@ -16,8 +16,8 @@ FlashAttention-4 (lazy rescaling, exponentials on the FMA units).
 import torch
 import triton
 import triton.language as tl
-from t2ct.kernels.attention_plan import MAX_ONE_BLOCK, config, padded
-from t2ct.kernels.plan import architecture
+from t2ct.kernels.attention_plan import MAX_ONE_BLOCK, config
+from t2ct.kernels.plan import architecture, power, stored
 from torch import Tensor
 
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)  # whose bfloat16 products are wrong
@@ -170,6 +170,23 @@ def finish(acc, total, top, out, lse, i0, o_n, N, BM: tl.constexpr, D: tl.conste
 
 
 @triton.jit
+def key_block(
+    acc, total, top, x, k, v, weight, i0, j0, k_n, v_n, N, M, c, scale, bias, b_n, b_m, table, width,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
+    BIAS: tl.constexpr, RELATIVE: tl.constexpr, COSINE: tl.constexpr, LAZY: tl.constexpr, EXP_SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`attend` to BN keys from j0 on; MASK where the block reaches over the last key or the diagonal."""
+    y = tile(k, j0, k_n, M, BN, D, BD, MASK)
+    if COSINE:
+        y = unit(y, weight)
+    s = logits(x, y, i0, j0, N, M, scale, bias, b_n, b_m, table, width, BM, BN, MASK, CAUSAL, BIAS, RELATIVE,
+               PRECISION, False)
+    z = tile(v, j0, v_n, M, BN, D, BD, MASK)
+    return attend(acc, total, top, s, z, c, LAZY, EXP_SPLIT, PRECISION)
+
+
+@triton.jit
 def forward_kernel(
     q, k, v, bias, table, q_scale, k_scale, out, lse,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, b_b, b_h, b_n, b_m, o_b, o_h, o_n, H, N, M, width, scale,
@@ -191,6 +208,7 @@ def forward_kernel(
         table += h * ((2 * (N // width) - 1) * (2 * width - 1))
     c = scale * LOG2E
     x = tile(q + b * q_b + h * q_h, i0, q_n, N, BM, D, BD, True)
+    weight = x
     if COSINE:
         x = unit(x, vector(q_scale, D, BD))
         weight = vector(k_scale, D, BD)
@@ -203,22 +221,14 @@ def forward_kernel(
     # every wgmma wait for the one before (C7515).
     if whole > 0:
         for j0 in range(0, whole, BN):
-            y = tile(k, j0, k_n, M, BN, D, BD, False)
-            if COSINE:
-                y = unit(y, weight)
-            s = logits(x, y, i0, j0, N, M, scale, bias, b_n, b_m, table, width, BM, BN, False, CAUSAL, BIAS, RELATIVE,
-                       PRECISION, False)
-            z = tile(v, j0, v_n, M, BN, D, BD, False)
-            acc, total, top = attend(acc, total, top, s, z, c, LAZY, EXP_SPLIT, PRECISION)
+            acc, total, top = key_block(acc, total, top, x, k, v, weight, i0, j0, k_n, v_n, N, M, c, scale, bias, b_n,
+                                        b_m, table, width, D, BD, BM, BN, False, CAUSAL, BIAS, RELATIVE, COSINE, LAZY,
+                                        EXP_SPLIT, PRECISION)
     if whole < end:
         for j0 in range(whole, end, BN):
-            y = tile(k, j0, k_n, M, BN, D, BD, True)
-            if COSINE:
-                y = unit(y, weight)
-            s = logits(x, y, i0, j0, N, M, scale, bias, b_n, b_m, table, width, BM, BN, True, CAUSAL, BIAS, RELATIVE,
-                       PRECISION, False)
-            z = tile(v, j0, v_n, M, BN, D, BD, True)
-            acc, total, top = attend(acc, total, top, s, z, c, LAZY, EXP_SPLIT, PRECISION)
+            acc, total, top = key_block(acc, total, top, x, k, v, weight, i0, j0, k_n, v_n, N, M, c, scale, bias, b_n,
+                                        b_m, table, width, D, BD, BM, BN, True, CAUSAL, BIAS, RELATIVE, COSINE, LAZY,
+                                        EXP_SPLIT, PRECISION)
     finish(acc, total, top, out + b * o_b + h * o_h, lse + head.to(tl.int64) * N, i0, o_n, N, BM, D, BD)
 
 
@@ -260,16 +270,14 @@ def cross_kernel(
 def constants(q: Tensor, bias, table, q_scale, causal: bool) -> dict:
     """What every kernel of one call has in common."""
     d = q.shape[-1]
-    return {"D": d, "BD": padded(d), "CAUSAL": causal, "BIAS": bias is not None, "RELATIVE": table is not None,
+    return {"D": d, "BD": power(d), "CAUSAL": causal, "BIAS": bias is not None, "RELATIVE": table is not None,
             "COSINE": q_scale is not None, "PRECISION": "ieee"}
 
 
 def rows_first(like: Tensor) -> Tensor:
-    """An empty (B, H, N, D) whose memory is (B, N, H, D), so that merging the heads copies nothing. The interpreter
-    would truncate to bfloat16: it gets float32."""
+    """An empty (B, H, N, D) whose memory is (B, N, H, D), so that merging the heads copies nothing."""
     b, h, n, d = like.shape
-    dtype = torch.float32 if INTERPRET.value and like.dtype == torch.bfloat16 else like.dtype
-    return torch.empty(b, n, h, d, dtype=dtype, device=like.device).transpose(1, 2)
+    return torch.empty(b, n, h, d, dtype=stored(like.dtype), device=like.device).transpose(1, 2)
 
 
 def strides(*tensors: Tensor) -> list[int]:
@@ -299,8 +307,8 @@ def attention(
     one_block = m <= MAX_ONE_BLOCK[q.element_size()] and "EXP_SPLIT" not in options and "LAZY" not in options
     at = config(architecture(q.device), fixed["BD"], "cross" if one_block else "forward", q.element_size(),
                 fixed["BIAS"] or fixed["RELATIVE"])
-    at["BM"] = min(at["BM"], padded(n))
-    at |= {"BN": padded(m), "TILES": 4} if one_block else {"LAZY": 0, "EXP_SPLIT": 0}
+    at["BM"] = min(at["BM"], power(n))
+    at |= {"BN": power(m), "TILES": 4} if one_block else {"LAZY": 0, "EXP_SPLIT": 0}
     at |= options
     programs = triton.cdiv(n, at["BM"] * at.get("TILES", 1)) * b * h
     (cross_kernel if one_block else forward_kernel)[(programs,)](
@@ -346,5 +354,4 @@ def launches(arch: int):
                     "constexprs": {n: fixed[n] for n in names if n in fixed},
                     "num_warps": at["num_warps"], "num_stages": at["num_stages"],
                     "divisible": [*half, *single, *(n for n in names if n[1:2] == "_" and n != "b_m")],
-                    "flops": 4 * at["BM"] * at["BN"] * d, "exps": at["BM"] * at["BN"],
                 }  # fmt: skip

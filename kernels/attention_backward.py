@@ -27,8 +27,8 @@ from t2ct.kernels.attention import (
     unit_stride,
     vector,
 )
-from t2ct.kernels.attention_plan import config, padded
-from t2ct.kernels.plan import architecture
+from t2ct.kernels.attention_plan import config
+from t2ct.kernels.plan import architecture, power
 from torch import Tensor
 
 FILL = 264  # programs that keep the largest chips busy: two for each of 132 multiprocessors
@@ -134,6 +134,23 @@ def dkdv_kernel(
 
 
 @triton.jit
+def query_step(
+    acc, x, g, k, v, weight, row, d, i0, j0, k_n, v_n, N, M, c, scale, bias, b_n, b_m, table, width,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
+    BIAS: tl.constexpr, RELATIVE: tl.constexpr, COSINE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds a block of keys to dq (BM, BD)."""
+    y = tile(k, j0, k_n, M, BN, D, BD, MASK)
+    if COSINE:
+        y = unit(y, weight)
+    s = logits(x, y, i0, j0, N, M, scale, bias, b_n, b_m, table, width, BM, BN, MASK, CAUSAL, BIAS, RELATIVE,
+               PRECISION, False)
+    dp = tl.dot(g, tile(v, j0, v_n, M, BN, D, BD, MASK).T, input_precision=PRECISION)
+    ds = tl.exp2(tl.fma(s, c, -row[:, None])) * (dp - d[:, None])
+    return tl.dot(ds.to(y.dtype), y, acc, input_precision=PRECISION)
+
+
+@triton.jit
 def dq_kernel(
     q, k, v, bias, table, q_scale, k_scale, do, lse, delta, dq, dq_scale,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, b_b, b_h, b_n, b_m, g_b, g_h, g_n, d_b, d_h, d_n,
@@ -155,7 +172,7 @@ def dq_kernel(
         table += h * ((2 * (N // width) - 1) * (2 * width - 1))
     c = scale * LOG2E
     raw = tile(q + b * q_b + h * q_h, i0, q_n, N, BM, D, BD, True)
-    x = raw
+    x, weight = raw, raw
     if COSINE:
         x = unit(raw, vector(q_scale, D, BD))
         weight = vector(k_scale, D, BD)
@@ -169,24 +186,12 @@ def dq_kernel(
     whole = (i0 + 1) // BN * BN if CAUSAL else M // BN * BN
     if whole > 0:
         for j0 in range(0, whole, BN):
-            y = tile(k, j0, k_n, M, BN, D, BD, False)
-            if COSINE:
-                y = unit(y, weight)
-            s = logits(x, y, i0, j0, N, M, scale, bias, b_n, b_m, table, width, BM, BN, False, CAUSAL, BIAS, RELATIVE,
-                       PRECISION, False)
-            dp = tl.dot(g, tile(v, j0, v_n, M, BN, D, BD, False).T, input_precision=PRECISION)
-            ds = tl.exp2(tl.fma(s, c, -row[:, None])) * (dp - d[:, None])
-            acc = tl.dot(ds.to(y.dtype), y, acc, input_precision=PRECISION)
+            acc = query_step(acc, x, g, k, v, weight, row, d, i0, j0, k_n, v_n, N, M, c, scale, bias, b_n, b_m, table,
+                             width, D, BD, BM, BN, False, CAUSAL, BIAS, RELATIVE, COSINE, PRECISION)
     if whole < end:
         for j0 in range(whole, end, BN):
-            y = tile(k, j0, k_n, M, BN, D, BD, True)
-            if COSINE:
-                y = unit(y, weight)
-            s = logits(x, y, i0, j0, N, M, scale, bias, b_n, b_m, table, width, BM, BN, True, CAUSAL, BIAS, RELATIVE,
-                       PRECISION, False)
-            dp = tl.dot(g, tile(v, j0, v_n, M, BN, D, BD, True).T, input_precision=PRECISION)
-            ds = tl.exp2(tl.fma(s, c, -row[:, None])) * (dp - d[:, None])
-            acc = tl.dot(ds.to(y.dtype), y, acc, input_precision=PRECISION)
+            acc = query_step(acc, x, g, k, v, weight, row, d, i0, j0, k_n, v_n, N, M, c, scale, bias, b_n, b_m, table,
+                             width, D, BD, BM, BN, True, CAUSAL, BIAS, RELATIVE, COSINE, PRECISION)
     acc *= scale
     if COSINE:
         acc, share = unit_gradient(raw, vector(q_scale, D, BD), acc)
@@ -280,7 +285,7 @@ def attention_backward(
     made: list[Tensor | None] = [None] * 7
     if needs[0] or needs[5]:
         at = config(arch, fixed["BD"], "dq", size, biased_call)
-        at |= {"BM": min(at["BM"], padded(n)), "BN": min(at["BN"], padded(m))}
+        at |= {"BM": min(at["BM"], power(n)), "BN": min(at["BN"], power(m))}
         programs = triton.cdiv(n, at["BM"]) * b * h
         dq, partial = rows_first(q), _single(q_scale, programs, d, lse)
         dq_kernel[(programs,)](*tensors, dq, partial, *steps, *strides(dq), h, n, m, width, scale, **fixed, **at)
@@ -288,7 +293,7 @@ def attention_backward(
         made[5] = None if q_scale is None else partial.sum(0).to(q_scale.dtype)
     if needs[1] or needs[2] or needs[6]:
         at = config(arch, fixed["BD"], "dkdv", size, biased_call)
-        at |= {"BM": min(at["BM"], padded(n)), "BN": min(at["BN"], padded(m))}
+        at |= {"BM": min(at["BM"], power(n)), "BN": min(at["BN"], power(m))}
         programs = triton.cdiv(m, at["BN"]) * b * h
         splits = max(1, min(triton.cdiv(FILL, programs), n // SPLIT_ROWS))
         chunk = triton.cdiv(triton.cdiv(n, splits), at["BM"]) * at["BM"]
@@ -308,7 +313,7 @@ def attention_backward(
                           **at)
         made[3] = partial.sum_to_size(bias.shape).to(bias.dtype)
     if table is not None and needs[4]:
-        high, side = n // width, padded(width)
+        high, side = n // width, power(width)
         at |= {"BM": side, "BN": side, "num_warps": 8 if side == 128 else 4, "num_stages": 1}
         splits = min(b, 8)
         partial = torch.empty(splits, h, 2 * high - 1, width, width, device=q.device)

@@ -1,7 +1,5 @@
 """How the attention kernels are launched: a function of architecture, head dim and direction, no tuning at run time."""
 
-import triton
-
 MAX_ONE_BLOCK = {2: 128, 4: 32}  # bytes of a number -> keys that one block holds
 
 # (direction, architecture) -> {padded head dim up to: (queries, keys of a block, warps, stages)}. Reasoned and compiled
@@ -47,8 +45,3 @@ def config(arch: int, head_dim: int, direction: str, itemsize: int = 2, biased: 
     if direction == "cross":
         bn = MAX_ONE_BLOCK[itemsize]
     return {"BM": bm, "BN": bn, "num_warps": warps, "num_stages": stages}
-
-
-def padded(n: int) -> int:
-    """n as the side of a tile: a power of two that a matrix instruction takes."""
-    return max(16, triton.next_power_of_2(n))

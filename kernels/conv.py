@@ -19,16 +19,12 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from t2ct.kernels import fold, resample
-from t2ct.kernels.plan import Launch, box, interpreted, launch, splits_of
+from t2ct.kernels.norm import silu_of
+from t2ct.kernels.plan import Launch, box, launch, splits_of, stored
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)  # whose bfloat16 products are wrong
-
-
-@triton.jit
-def _silu(z):
-    return z / (1.0 + tl.exp2(z * -1.4426950408889634))
 
 
 @triton.jit
@@ -92,7 +88,7 @@ def conv_kernel(
                 ch = tl.minimum(tl.maximum(xh0 + rh + kh, 0), H - 1)
                 cw = tl.minimum(tl.maximum(xw0 + rw + kw, 0), W - 1)
                 at = x + (((cd * H + ch) * W + cw) * C)[:, None] + (c0 + k)[None, :]
-                inside = (rd >= 0)[:, None]
+                inside = (rd >= 0)[:, None]  # every row: what lies outside was clamped inside
             else:
                 at = x + (start + ((kd * H + kh) * W + kw) * C + c0) + rows[:, None] + k[None, :]
                 inside = ok[:, None]
@@ -109,7 +105,7 @@ def conv_kernel(
             s = tl.load(shift + at_c, mask=c0 + k < C, other=0.0)
             z = a.to(tl.float32) * g[None, :] + s[None, :]
             if PROLOGUE > 1:
-                z = _silu(z)
+                z = silu_of(z)
             a = tl.where(ok[:, None], z, 0.0).to(a.dtype)  # zero is padded after the activation: silu(shift) is not 0
         if INTERPRET:
             a, b = a.to(tl.float32), b.to(tl.float32)
@@ -187,9 +183,9 @@ def weight_gradient_kernel(
 
 
 def _last(n: int, channels: int, size, like: Tensor) -> Tensor:
-    """An empty (n, channels, *size), channels-last. The interpreter would truncate to bfloat16: it gets float32."""
-    dtype = torch.float32 if interpreted() and like.dtype == torch.bfloat16 else like.dtype
-    return torch.empty(n, channels, *size, dtype=dtype, device=like.device, memory_format=torch.channels_last_3d)
+    """An empty (n, channels, *size), channels-last."""
+    last = torch.channels_last_3d
+    return torch.empty(n, channels, *size, dtype=stored(like.dtype), device=like.device, memory_format=last)
 
 
 def _descriptors(x: Tensor, weight: Tensor, at: Launch, dims: tuple[int, int, int]):
@@ -361,7 +357,6 @@ def launches(arch: int):
                 "num_warps": at.warps,
                 "num_stages": at.stages,
                 "divisible": ["C", "O", *pointers, *(() if tma else ("x", "weight"))],
-                "flops": 2 * at.bm * at.bn * at.bk,
             }
         at = launch(arch, torch.float16, c, o, gradient=True)
         dims = dict(zip(("TD", "TH", "TW"), box((64, 64, 64), at.bk), strict=True))

@@ -12,6 +12,7 @@ x is float16, bfloat16 or float32; weight and bias are of any floating dtype.
 import torch
 import triton
 import triton.language as tl
+from t2ct.kernels.plan import stored
 from torch import Tensor
 
 INTERPRETED = triton.knobs.runtime.interpret  # its bfloat16 arithmetic is wrong: only float32 is computed and stored
@@ -23,7 +24,7 @@ ROWS = 1024  # numbers that a merging program takes at once
 
 
 @triton.jit
-def _silu(z):
+def silu_of(z):
     """Two MUFU (ex2, rcp), which bandwidth hides. tanh.approx would be one, but its error of 2^-11 shows in float16.
 
     Within 4 ulp of float32; below zero within 4 + 2 |z|, because the argument of exp2 is rounded.
@@ -159,7 +160,7 @@ def apply_kernel(
         start, offsets, mask, _ = _within(voxel, end, c, S, C, BS)
         z = (tl.load(x + start + offsets, mask=mask, other=0.0).to(tl.float32) - m) * scale + b
         if SILU:
-            z = _silu(z)
+            z = silu_of(z)
         tl.store(y + start + offsets, z.to(y.dtype.element_ty), mask=mask)
 
 
@@ -188,8 +189,8 @@ def sizes(x: Tensor) -> tuple[int, int, int]:
 
 
 def writable(x: Tensor) -> Tensor:
-    """An empty tensor like x for a kernel to write. The interpreter would truncate to bfloat16: it gets float32."""
-    return torch.empty_like(x, dtype=torch.float32 if INTERPRETED and x.dtype == torch.bfloat16 else x.dtype)
+    """An empty tensor like x for a kernel to write."""
+    return torch.empty_like(x, dtype=stored(x.dtype))
 
 
 def as_float(t: Tensor) -> Tensor:
@@ -294,7 +295,7 @@ def launches(arch: int = 90):
         yield {
             "name": f"statistics, {c}", "kernel": stats_kernel, "signature": {"x": "*fp16"} | floats | ints,
             "constexprs": {"BS": bs, "BC": bc}, "num_warps": HELD["stats"][1], "num_stages": 3,
-            "divisible": ["x", "mean", "m2", "count", "C"], "bytes": 2 * bs * bc,
+            "divisible": ["x", "mean", "m2", "count", "C"],
         }  # fmt: skip
         for silu in (True, False):
             bs, bc = tile(c, HELD["apply"][0], 1 << 20)
@@ -302,7 +303,7 @@ def launches(arch: int = 90):
                 "name": f"apply{', SiLU' * silu}, {c}", "kernel": apply_kernel,
                 "signature": dict.fromkeys(("x", "y", "weight", "bias"), "*fp16") | floats | ints,
                 "constexprs": {"SILU": silu, "BS": bs, "BC": bc}, "num_warps": HELD["apply"][1], "num_stages": 3,
-                "divisible": ["x", "y", "weight", "bias", "mean", "rstd", "C"], "bytes": 4 * bs * bc,
+                "divisible": ["x", "y", "weight", "bias", "mean", "rstd", "C"],
             }  # fmt: skip
     outs = dict.fromkeys(("mean_out", "m2_out", "count_out", "mean64", "m2_64"), "*fp64")
     bc = channel_block(64)

@@ -155,7 +155,6 @@ def launches(arch: int = 90):
                 "name": f"gradient, {name}, {c}", "kernel": kernel, "signature": halves | floats | ints,
                 "constexprs": {"SILU": True, "BS": bs, "BC": bc}, "num_warps": HELD[name][1], "num_stages": 3,
                 "divisible": [n for n in kernel.arg_names if n in halves or n in floats or n == "C"],
-                "bytes": (6 if name == "dx" else 4) * bs * bc,
             }  # fmt: skip
         rows, columns = _merge_block(c // 32)
         yield {

@@ -48,6 +48,11 @@ def interpreted() -> bool:
     return triton.knobs.runtime.interpret
 
 
+def stored(dtype: torch.dtype) -> torch.dtype:
+    """What a kernel writes for `dtype`: the interpreter would truncate to bfloat16, so there it writes float32."""
+    return torch.float32 if interpreted() and dtype == torch.bfloat16 else dtype
+
+
 @cache
 def architecture(device: torch.device | int) -> int:
     """The row of TABLE for a device: 80, 90 or 100. Consumer chips (8.6, 8.9, 12.0) have the tensor cores of 80."""

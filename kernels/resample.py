@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from t2ct.kernels.norm import CHANNELS, INTERPRETED, channel_block
+from t2ct.kernels.plan import stored
 from torch import Tensor
 
 
@@ -149,9 +150,7 @@ def _launch(name: str, x: Tensor, small, size, *scale: float) -> Tensor:
     """KERNELS[name] from x into a new (N, C, *size), channels-last; small: the lesser of the two sizes."""
     x = x.contiguous(memory_format=torch.channels_last_3d)
     n, c = x.shape[:2]
-    # the interpreter would truncate to bfloat16: it gets float32
-    dtype = torch.float32 if INTERPRETED and x.dtype == torch.bfloat16 else x.dtype
-    y = torch.empty(n, c, *size, dtype=dtype, device=x.device, memory_format=torch.channels_last_3d)
+    y = torch.empty(n, c, *size, dtype=stored(x.dtype), device=x.device, memory_format=torch.channels_last_3d)
     cells = [m + (name == "trilinear") for m in small]
     bs, bc = tile(name, c, cells[1] * cells[2])
     grid = (cells[0] * triton.cdiv(cells[1] * cells[2], bs) * triton.cdiv(c, bc), n)
@@ -197,5 +196,5 @@ def launches(arch: int = 90):
                 "name": f"{name}, {c}{', one voxel' if one else ''}", "kernel": kernel,
                 "signature": {source: "*fp16", target: "*fp16", "scale": "fp32"} | dict.fromkeys("DHWC", "i32"),
                 "constexprs": {"BS": bs, "BC": bc} | dict.fromkeys(one, 1), "num_warps": HELD[name][1],
-                "num_stages": 3, "divisible": [source, target, "C"], "bytes": 18 * bs * bc,
+                "num_stages": 3, "divisible": [source, target, "C"],
             }  # fmt: skip

@@ -242,9 +242,9 @@ except RuntimeError as error:
 
 
 def alone(**env):
-    """What a process prints that has the module, and neither torch nor t2ct."""
+    """What a process prints that has the module, and neither torch nor t2ct; unbuffered, since C prints there too."""
     command = [sys.executable, "-c", ALONE, native().__file__]
-    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | env)
+    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | env | {"PYTHONUNBUFFERED": "1"})
     assert run.returncode == 0, run.stderr
     return run.stdout.splitlines()
 

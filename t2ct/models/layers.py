@@ -1,9 +1,9 @@
 """The few layers the VAE and the UNet share: convolutions under their published names, GroupNorm through t2ct.ops."""
 
-import torch
 from torch import Tensor, nn
 
 from t2ct import ops
+from t2ct.ops.dispatch import channels_last
 
 
 class Conv3d(nn.Conv3d):
@@ -76,11 +76,6 @@ def norm_silu_conv(
     if channel_bias is not None:
         h = h + channel_bias[:, :, None, None, None]
     return h if residual is None else h + residual, None
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """x with channels innermost in memory: what every op behind a model's door expects."""
-    return x.contiguous(memory_format=torch.channels_last_3d)
 
 
 def zeroed(module: nn.Module) -> nn.Module:

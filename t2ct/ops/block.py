@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from t2ct.ops import conv, norm
-from t2ct.ops.conv_autograd import bias_gradient, channel_bias_gradient, last
-from t2ct.ops.dispatch import choose, kernel, watched
+from t2ct.ops.conv_autograd import bias_gradient, channel_bias_gradient
+from t2ct.ops.dispatch import channels_last, choose, kernel, watched
 
 Stats = tuple[Tensor, Tensor]  # mean and rstd of every group, (N, groups), float32 or wider
 
@@ -91,7 +91,7 @@ def _forward(
     if not conv.by_triton("group_norm_silu_conv3d", a, weight):
         with torch.autocast(x.device.type, enabled=False):
             return (conv.conv3d(a, weight, bias, residual=residual, channel_bias=channel_bias),), mean, rstd
-    fused = {"residual": None if residual is None else last(residual), "channel_bias": channel_bias}
+    fused = {"residual": None if residual is None else channels_last(residual), "channel_bias": channel_bias}
     launch = kernel("conv", "conv3d")
     if not next_groups:
         return (launch(a, weight, bias, 1, 1, **fused),), mean, rstd
@@ -133,7 +133,7 @@ class _NormConv(torch.autograd.Function):
 
 def _conv_gradient(dy: Tensor, a: Tensor, weight: Tensor, wanted: tuple[bool, bool]):
     if conv.by_triton("group_norm_silu_conv3d", a, weight):
-        return kernel("conv", "conv3d_backward")(last(dy), a, weight, 1, 1, wanted)
+        return kernel("conv", "conv3d_backward")(channels_last(dy), a, weight, 1, 1, wanted)
     return torch.ops.aten.convolution_backward(
         dy, a, weight, None, [1] * 3, [1] * 3, [1] * 3, False, [0] * 3, 1, [*wanted, False]
     )[:2]

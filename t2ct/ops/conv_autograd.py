@@ -5,15 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from t2ct.ops.dispatch import kernel, watched
+from t2ct.ops.dispatch import channels_last, kernel, watched
 
 _conv3d, _conv3d_backward = kernel("conv", "conv3d"), kernel("conv", "conv3d_backward")
 _upsample, _upsample_backward = kernel("conv", "upsample_conv3d"), kernel("conv", "upsample_conv3d_backward")
-
-
-def last(x: Tensor) -> Tensor:
-    """x with channels innermost in memory: no work where it is so already."""
-    return x.contiguous(memory_format=torch.channels_last_3d)
 
 
 def bias_gradient(dy: Tensor, bias: Tensor | None) -> Tensor | None:
@@ -39,7 +34,7 @@ def _op(
 @_op.register_fake
 def _(x, weight, bias, residual, channel_bias, stride, padding):
     size = [(m + 2 * padding - weight.shape[2]) // stride + 1 for m in x.shape[2:]]
-    return last(x.new_empty(len(x), len(weight), *size))
+    return channels_last(x.new_empty(len(x), len(weight), *size))
 
 
 @torch.library.custom_op("t2ct::conv3d_backward", mutates_args=())
@@ -47,13 +42,13 @@ def _op_backward(
     dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, upsampled: str
 ) -> tuple[Tensor, Tensor]:
     if upsampled:
-        return _upsample_backward(last(dy), x, weight, upsampled)
-    return _conv3d_backward(last(dy), x, weight, stride, padding)
+        return _upsample_backward(channels_last(dy), x, weight, upsampled)
+    return _conv3d_backward(channels_last(dy), x, weight, stride, padding)
 
 
 @_op_backward.register_fake
 def _(dy, x, weight, stride, padding, upsampled):
-    return last(torch.empty_like(x)), weight.new_empty(weight.shape)
+    return channels_last(torch.empty_like(x)), weight.new_empty(weight.shape)
 
 
 def _save(ctx, inputs, output):
@@ -79,7 +74,7 @@ def _upsample_op(x: Tensor, weight: Tensor, bias: Tensor | None, mode: str) -> T
 
 @_upsample_op.register_fake
 def _(x, weight, bias, mode):
-    return last(x.new_empty(len(x), len(weight), *[2 * m for m in x.shape[2:]]))
+    return channels_last(x.new_empty(len(x), len(weight), *[2 * m for m in x.shape[2:]]))
 
 
 def _upsample_gradient(ctx, dy):
@@ -107,7 +102,7 @@ class _Conv3d(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, weight, bias, channel_bias = ctx.saved_tensors
-        dx, dw = _conv3d_backward(last(dy), x, weight, ctx.stride, ctx.padding, ctx.needs_input_grad)
+        dx, dw = _conv3d_backward(channels_last(dy), x, weight, ctx.stride, ctx.padding, ctx.needs_input_grad)
         residual = dy if ctx.has_residual else None
         return dx, dw, bias_gradient(dy, bias), residual, channel_bias_gradient(dy, channel_bias), None, None
 
@@ -122,13 +117,13 @@ class _Upsample(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, weight, bias = ctx.saved_tensors
-        gradients = _upsample_backward(last(dy), x, weight, ctx.mode, ctx.needs_input_grad)
+        gradients = _upsample_backward(channels_last(dy), x, weight, ctx.mode, ctx.needs_input_grad)
         return *gradients, bias_gradient(dy, bias), None
 
 
 def conv3d(x, weight, bias, residual, channel_bias, stride, padding) -> Tensor:
     """By Triton; x channels-last, all of one dtype; differentiable."""
-    residual = None if residual is None else last(residual)
+    residual = None if residual is None else channels_last(residual)
     call = _op if watched(x) else _Conv3d.apply
     return call(x, weight, bias, residual, channel_bias, stride, padding)
 

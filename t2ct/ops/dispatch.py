@@ -58,6 +58,11 @@ def is_channels_last(x: Tensor) -> bool:
     return x.movedim(1, -1).is_contiguous()
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """x (N, C, X, Y, Z) with channels innermost in memory; no work where it is so already."""
+    return x.contiguous(memory_format=torch.channels_last_3d)
+
+
 def watched(x: Tensor) -> bool:
     """True where something must see an operator (compilation, tracing, meta tensors, dispatch modes, torch.func).
     Elsewhere the kernel is called directly: a network makes a hundred calls a pass, and the custom op's machinery
@@ -179,7 +184,10 @@ def forced() -> str | None:
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Force one backend inside the block, for every op that has it; None restores the automatic choice."""
+    """Force one backend inside the block, for every op that has it; None restores the automatic choice.
+
+    A gradient is computed by what is forced when `backward` runs, so it belongs inside the block too.
+    """
     global _forced
     before, _forced = _forced, _known(name)
     try:

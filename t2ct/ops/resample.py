@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from t2ct.ops.dispatch import Table, choose, forced, kernel, watched
+from t2ct.ops.dispatch import Table, channels_last, choose, forced, kernel, watched
 
 
 def _upsample_reference(x: Tensor, mode: str) -> Tensor:
@@ -27,22 +27,18 @@ _upsample_backward = kernel("resample", "upsample_backward")
 _pool_backward = kernel("resample", "average_pool_backward")
 
 
-def _last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last_3d)
-
-
 @torch.library.custom_op("t2ct::resample", mutates_args=())
 def _op(x: Tensor, mode: str, adjoint: bool) -> Tensor:
     """mode "nearest", "trilinear" or "pool"; adjoint: its gradient instead, x being that of the result."""
     if mode == "pool":
-        return (_pool_backward if adjoint else POOL["triton"])(_last(x))
-    return (_upsample_backward if adjoint else UPSAMPLE["triton"])(_last(x), mode)
+        return (_pool_backward if adjoint else POOL["triton"])(channels_last(x))
+    return (_upsample_backward if adjoint else UPSAMPLE["triton"])(channels_last(x), mode)
 
 
 @_op.register_fake
 def _(x, mode, adjoint):
     size = [m // 2 if (mode == "pool") != adjoint else 2 * m for m in x.shape[2:]]
-    return _last(x.new_empty(*x.shape[:2], *size))
+    return channels_last(x.new_empty(*x.shape[:2], *size))
 
 
 def _save(ctx, inputs, output):
@@ -63,7 +59,8 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        return (_pool_backward(_last(dy)) if ctx.mode == "pool" else _upsample_backward(_last(dy), ctx.mode)), None
+        dy = channels_last(dy)
+        return _pool_backward(dy) if ctx.mode == "pool" else _upsample_backward(dy, ctx.mode), None
 
 
 def _check(op: str, x: Tensor) -> None:
