@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from t2ct.ops.dispatch import Table, channels_last, choose, forced, kernel, watched
+from t2ct.ops.dispatch import Table, channels_last, choose, forced, is_channels_last, kernel, watched
 
 
 def _upsample_reference(x: Tensor, mode: str) -> Tensor:
@@ -77,17 +77,70 @@ def _run(op: str, table: Table, x: Tensor, mode: str, *arguments: str) -> Tensor
     return _op(x, mode, False) if watched(x) else _Eager.apply(x, mode)
 
 
-def upsample(x: Tensor, mode: str = "nearest") -> Tensor:
+def _sources(x: Tensor, planes: tuple[int, int]) -> tuple[int, int]:
+    """The planes of x that `planes` of the doubled volume see; two where x has them, so that one alone never looks
+    like another memory format to torch, which computes by that."""
+    first, last = (planes[0] + 1) // 2 - 1, planes[1] // 2 + 1
+    return max(0, min(first, x.shape[2] - 2)), min(x.shape[2], max(last, 2))
+
+
+def _upsample(x: Tensor, mode: str, planes: tuple[int, int]) -> Tensor:
+    if planes == (0, 2 * x.shape[2]):
+        return _run("upsample", UPSAMPLE, x, mode, mode)
+    first, last = _sources(x, planes)
+    layout = torch.channels_last_3d if is_channels_last(x) else torch.contiguous_format
+    doubled = _run("upsample", UPSAMPLE, x[:, :, first:last].contiguous(memory_format=layout), mode, mode)
+    return doubled[:, :, planes[0] - 2 * first : planes[1] - 2 * first]
+
+
+def _check_planes(x: Tensor, planes: tuple[int, int] | None) -> tuple[int, int]:
+    every = (0, 2 * x.shape[2])
+    if planes is None:
+        return every
+    pair = isinstance(planes, (tuple, list)) and len(planes) == 2 and all(isinstance(p, int) for p in planes)
+    if not pair or not 0 <= planes[0] < planes[1] <= every[1]:
+        raise ValueError(f"upsample: planes must be (start, stop), 0 <= start < stop <= {every[1]}, got {planes!r}")
+    return planes[0], planes[1]
+
+
+def _check_out(x: Tensor, out: Tensor, planes: tuple[int, int]) -> None:
+    shape = (*x.shape[:2], planes[1] - planes[0], 2 * x.shape[3], 2 * x.shape[4])
+    if (out.shape, out.dtype, out.device) != (shape, x.dtype, x.device) or not is_channels_last(out):
+        raise ValueError(f"upsample: out must be {x.dtype} {shape} on {x.device} in channels-last memory, "
+                         f"got {out.dtype} {tuple(out.shape)} on {out.device} with strides {out.stride()}")
+    if torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
+        raise ValueError("upsample: out must come without a gradient, got x or out that requires one")
+    if not watched(x) and _ends(x)[0] < _ends(out)[1] and _ends(out)[0] < _ends(x)[1]:
+        raise ValueError("upsample: out must be memory apart from x, got tensors that overlap")
+
+
+def _ends(t: Tensor) -> tuple[int, int]:
+    """The first address of t's numbers and the one after its last."""
+    last = sum((m - 1) * s for m, s in zip(t.shape, t.stride(), strict=True))
+    return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
+
+
+def upsample(x: Tensor, mode: str = "nearest", planes: tuple[int, int] | None = None, *,
+             out: Tensor | None = None) -> Tensor:
     """Every axis doubled, differentiable.
 
     x       (N, C, X, Y, Z), floating, any memory format
     mode    "nearest", or "trilinear" with align_corners=False
-    Returns (N, C, 2X, 2Y, 2Z) in x's dtype. Raises ValueError on other shapes and modes.
+    planes  (start, stop): only these planes along X of the doubled volume, 0 <= start < stop <= 2X; the same bits as
+            `upsample(x, mode)[:, :, start:stop]`, without the others' work
+    out     where the result goes: its shape, x's dtype and device, channels-last memory apart from x's (strides of axes
+            of one voxel or sample are free, so it may be planes of a larger volume where N = 1); without gradient
+    Returns (N, C, 2X or stop - start, 2Y, 2Z) in x's dtype. Raises ValueError on other shapes, modes, planes and outs.
     """
     _check("upsample", x)
     if mode not in ("nearest", "trilinear"):
         raise ValueError(f'upsample: mode must be "nearest" or "trilinear", got {mode!r}')
-    return _run("upsample", UPSAMPLE, x, mode, mode)
+    some = _check_planes(x, planes)
+    if out is None:
+        return _upsample(x, mode, some)
+    _check_out(x, out, some)
+    with torch.no_grad():
+        return out.copy_(_upsample(x, mode, some))
 
 
 def average_pool(x: Tensor) -> Tensor:
