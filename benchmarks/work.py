@@ -1,44 +1,16 @@
 """What an op must do at least (bytes through memory, matrix operations, exponentials) and how long chips need for that.
 
-    python benchmarks/work.py     prints the table of docs/kernels.md
+    python benchmarks/work.py     prints the tables of docs/kernels.md
 
-Peaks are the makers' (dense, float16 with float32 accumulation) except H200's, which are shared measurements of its
-matrix units and memory under load. Exponentials: 16 a clock and multiprocessor.
+Peaks are in kernels/chips.py.
 """
 
-from dataclasses import dataclass
+from t2ct.kernels.chips import CHIPS as BY_CAPABILITY
+from t2ct.kernels.chips import Work
 
+from t2ct.ops.explain import PLANNED_WIDTHS, plan_rows
 
-@dataclass(frozen=True)
-class Chip:
-    flops: float  # a second
-    bytes: float
-    exps: float
-
-
-CHIPS = {
-    "H200": Chip(790e12, 4.3e12, 16 * 132 * 1.755e9),
-    "A100": Chip(312e12, 1.9e12, 16 * 108 * 1.41e9),
-    "RTX 4090": Chip(165e12, 1.0e12, 16 * 128 * 2.52e9),
-}
-
-
-@dataclass(frozen=True)
-class Work:
-    bytes: float
-    flops: float = 0.0
-    exps: float = 0.0
-
-    def __add__(self, other: "Work") -> "Work":
-        return Work(self.bytes + other.bytes, self.flops + other.flops, self.exps + other.exps)
-
-    def seconds(self, chip: Chip) -> float:
-        """The slowest of the three, the others hidden behind it: no kernel is faster."""
-        return max(self.bytes / chip.bytes, self.flops / chip.flops, self.exps / chip.exps)
-
-    def bound(self, chip: Chip) -> str:
-        times = {"memory": self.bytes / chip.bytes, "matrix": self.flops / chip.flops, "exp": self.exps / chip.exps}
-        return max(times, key=lambda k: times[k])
+CHIPS = {BY_CAPABILITY[arch].name: BY_CAPABILITY[arch] for arch in (90, 80, 89)}
 
 
 def norm_silu(shape, itemsize: int, gradient: bool = False) -> Work:
@@ -82,6 +54,9 @@ def main() -> None:
     for name, amount in rows.items():
         cells = (f"{amount.seconds(chip) * 1e3:.3g} ms ({amount.bound(chip)})" for chip in CHIPS.values())
         print(f"| {name} | " + " | ".join(cells) + " |")
+    print("\n| chip | voxels | " + " | ".join(f"{c} channels" for c in PLANNED_WIDTHS) + " |\n|---" + "|---" * 5 + "|")
+    for row in plan_rows():
+        print("| " + " | ".join(row) + " |")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from t2ct.kernels import fold, resample
-from t2ct.kernels.norm import silu_of
+from t2ct.kernels.norm import _coefficients, silu_of
 from t2ct.kernels.plan import Launch, box, launch, splits_of, stored
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -39,8 +39,8 @@ def _row(t, tiles_h, tiles_w, TD: tl.constexpr, TH: tl.constexpr, TW: tl.constex
 
 @triton.jit
 def conv_kernel(
-    x, weight, y, bias, channel_bias, residual, scale, shift, mean, m2, count,
-    D, H, W, C, YD, YH, YW, O, tiles_d, tiles_h, tiles_w,
+    x, weight, y, bias, channel_bias, residual, n_mean, n_rstd, n_weight, n_bias, mean, m2, count,
+    D, H, W, C, YD, YH, YW, O, tiles_d, tiles_h, tiles_w, groups,
     K: tl.constexpr, S: tl.constexpr, PAD0: tl.constexpr, PAD1: tl.constexpr, PHASES: tl.constexpr,
     CLAMP: tl.constexpr, PROLOGUE: tl.constexpr, BIAS: tl.constexpr, CHANNEL_BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr, STATS: tl.constexpr, TMA: tl.constexpr, EVEN_C: tl.constexpr,
@@ -49,8 +49,9 @@ def conv_kernel(
     """One box of TD x TH x TW rows by BN channels of y (N, YD, YH, YW, O); x (N, D, H, W, C) or its descriptor.
 
     weight (PHASES, O, K^3, C) or its descriptor (PHASES * O, K^3 * C). PAD0, PAD1: how far the window reaches before
-    the row's voxel in an even and an odd phase. scale, shift (N, C) float32: GroupNorm's, applied to x on its way in;
-    the zeros around the volume come after them. mean, m2 (N, PHASES * tiles, O), count (PHASES * tiles): of y.
+    the row's voxel in an even and an odd phase. n_mean, n_rstd (N, groups) float32, n_weight, n_bias (C,): GroupNorm's,
+    applied to x on its way in; the zeros around the volume come after it. mean, m2 (N, PHASES * tiles, O), count
+    (PHASES * tiles): of y.
     """
     BM: tl.constexpr = TD * TH * TW
     OS: tl.constexpr = 2 if PHASES == 8 else 1
@@ -100,10 +101,8 @@ def conv_kernel(
                 a = tl.load(at, mask=inside & (c0 + k < C)[None, :], other=0.0)
                 b = tl.load(wat, mask=(n < O)[None, :] & (c0 + k < C)[:, None], other=0.0)
         if PROLOGUE > 0:
-            at_c = sample * C + c0 + k
-            g = tl.load(scale + at_c, mask=c0 + k < C, other=0.0)
-            s = tl.load(shift + at_c, mask=c0 + k < C, other=0.0)
-            z = a.to(tl.float32) * g[None, :] + s[None, :]
+            mu, r, g, s = _coefficients(n_mean, n_rstd, n_weight, n_bias, sample, c0 + k, C, groups)
+            z = (a.to(tl.float32) - mu) * (r * g) + s
             if PROLOGUE > 1:
                 z = silu_of(z)
             a = tl.where(ok[:, None], z, 0.0).to(a.dtype)  # zero is padded after the activation: silu(shift) is not 0
@@ -209,7 +208,7 @@ def _conv(
     bias: Tensor | None = None,
     channel_bias: Tensor | None = None,
     residual: Tensor | None = None,
-    norm: tuple[Tensor, Tensor] | None = None,
+    norm: tuple[Tensor, Tensor, Tensor, Tensor, int] | None = None,
     silu: bool = True,
     stats: bool = False,
     clamp: bool = False,
@@ -230,11 +229,11 @@ def _conv(
     mean, m2, counts = parts or (y, y, y)
     bias, channel_bias = (None if t is None else t.contiguous() for t in (bias, channel_bias))
     tma = None if stride > 1 or clamp else _descriptors(x, weight, at, dims)
-    scale, shift = norm or (y, y)
+    affine, groups = ([t.contiguous() for t in norm[:4]], norm[4]) if norm else ([y] * 4, 1)
     conv_kernel[(count * triton.cdiv(o, at.bn), n * phases)](
         *(tma or (x, weight)), y, y if bias is None else bias, y if channel_bias is None else channel_bias,
-        y if residual is None else residual, scale, shift, mean, m2, counts,
-        *spatial, c, *size, o, *tiles,
+        y if residual is None else residual, *affine, mean, m2, counts,
+        *spatial, c, *size, o, *tiles, groups,
         K=k, S=stride, PAD0=pads[0], PAD1=pads[1], PHASES=phases, CLAMP=clamp,
         PROLOGUE=0 if norm is None else 1 + silu, BIAS=bias is not None, CHANNEL_BIAS=channel_bias is not None,
         RESIDUAL=residual is not None, STATS=stats, TMA=tma is not None, EVEN_C=c % at.bk == 0,
@@ -267,7 +266,8 @@ def _weight_gradient(
 def conv3d(x, weight, bias=None, stride=1, padding=1, **fused):
     """y, or (y, partial statistics) with stats=True. x (N, C, D, H, W) channels-last, weight (O, C, K, K, K), K 1 or 3.
 
-    fused: residual like y; channel_bias (N, O); norm=(scale, shift), each (N, C) float32, and silu for x on its way in.
+    fused: residual like y; channel_bias (N, O); norm=(mean, rstd, weight, bias, groups), the first two (N, groups),
+    float32, and silu for x on its way in.
     """
     k = weight.shape[2]
     size = tuple((m + 2 * padding - k) // stride + 1 for m in x.shape[2:])
@@ -321,51 +321,3 @@ def upsample_conv3d_backward(dy, x, weight, mode="nearest", wanted=(True, True))
     if wanted[1]:
         dw = fold.unfold(_weight_gradient(x, dy, 2, 1, (1, 0), 8), fold.NEAREST).to(weight.dtype)
     return dx, dw
-
-
-SIZES = ((64, 64), (128, 128), (256, 256), (512, 512))  # channels of the published networks, in and out
-
-
-def launches(arch: int):
-    """What benchmarks/aot.py compiles: every row of the launch table, forward, fused, folded and both gradients."""
-    ints = dict.fromkeys(("D", "H", "W", "C", "YD", "YH", "YW", "O", "tiles_d", "tiles_h", "tiles_w"), "i32")
-    pointers = dict.fromkeys(("bias", "channel_bias", "residual", "y"), "*fp16")
-    pointers |= dict.fromkeys(("scale", "shift", "mean", "m2", "count"), "*fp32")
-    forms = {
-        "conv": {},
-        "conv, statistics": {"RESIDUAL": True, "CHANNEL_BIAS": True, "STATS": True},
-        "conv, normalised on the way in": {"PROLOGUE": 2},
-        "conv, stride 2": {"S": 2, "PAD0": 0, "PAD1": 0},
-        "nearest x2, conv": {"K": 2, "PAD1": 0, "PHASES": 8},
-        "trilinear x2, conv": {"PHASES": 8, "CLAMP": True},
-    }
-    for c, o in SIZES:
-        for name, form in forms.items():
-            at = launch(arch, torch.float16, c, o, stats="STATS" in form)
-            dims = dict(zip(("TD", "TH", "TW"), box((64, 64, 64), at.bm), strict=True))
-            shape = ", ".join(map(str, (1, *dims.values(), at.bk)))
-            tma = at.tma and not form.get("CLAMP") and form.get("S", 1) == 1
-            kinds = (f"tensordesc<fp16[{shape}]>", f"tensordesc<fp16[{at.bn}, {at.bk}]>") if tma else ("*fp16",) * 2
-            constants = {"K": 3, "S": 1, "PAD0": 1, "PAD1": 1, "PHASES": 1, "CLAMP": False, "PROLOGUE": 0, "BIAS": True}
-            constants |= {"CHANNEL_BIAS": False, "RESIDUAL": False, "STATS": False, "TMA": tma, "EVEN_C": True}
-            constants |= {**dims, "BN": at.bn, "BK": at.bk, **form}
-            yield {
-                "name": f"{name}, {c} to {o}",
-                "kernel": conv_kernel,
-                "signature": {"x": kinds[0], "weight": kinds[1]} | pointers | ints,
-                "constexprs": constants,
-                "num_warps": at.warps,
-                "num_stages": at.stages,
-                "divisible": ["C", "O", *pointers, *(() if tma else ("x", "weight"))],
-            }
-        at = launch(arch, torch.float16, c, o, gradient=True)
-        dims = dict(zip(("TD", "TH", "TW"), box((64, 64, 64), at.bk), strict=True))
-        yield {
-            "name": f"weight gradient, {c} to {o}",
-            "kernel": weight_gradient_kernel,
-            "signature": {"x": "*fp16", "dy": "*fp16", "partial": "*fp32", "N": "i32"} | ints | {"splits": "i32"},
-            "constexprs": {"K": 3, "S": 1, "PAD0": 1, "PAD1": 1, "PHASES": 1, **dims, "BO": at.bm, "BC": at.bn},
-            "num_warps": at.warps,
-            "num_stages": at.stages,
-            "divisible": ["C", "O", "x", "dy", "partial"],
-        }

@@ -139,9 +139,9 @@ def merge_kernel(mean, m2, count, mean_out, rstd, mean64, m2_64, T, C, groups, e
 
 
 @triton.jit
-def _coefficients(mean, rstd, weight, bias, c, C, groups):
-    """mean, rstd, weight and bias of channels c in float32."""
-    at = tl.program_id(1) * groups + c // (C // groups)
+def _coefficients(mean, rstd, weight, bias, sample, c, C, groups):
+    """mean, rstd, weight and bias of channels c of a sample in float32."""
+    at = sample * groups + c // (C // groups)
     m = tl.load(mean + at, mask=c < C, other=0.0)
     r = tl.load(rstd + at, mask=c < C, other=0.0)
     w = tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)
@@ -154,7 +154,7 @@ def apply_kernel(
 ):
     """y = [silu]((x - mean) * rstd * weight + bias), both (N, S, C); y may be x."""
     _, first, end, c = _place(C, block, S, BC)
-    m, r, w, b = _coefficients(mean, rstd, weight, bias, c, C, groups)
+    m, r, w, b = _coefficients(mean, rstd, weight, bias, tl.program_id(1), c, C, groups)
     scale = r * w
     for voxel in range(first, end, BS):
         start, offsets, mask, _ = _within(voxel, end, c, S, C, BS)

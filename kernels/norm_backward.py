@@ -41,7 +41,7 @@ def backward_sums_kernel(
 ):  # fmt: skip
     """sums (N, T, 2, C): of dz and of dz * xhat over every tile of `block` voxels."""
     tile, first, end, c = _place(C, block, S, BC)
-    m, r, w, b = _coefficients(mean, rstd, weight, bias, c, C, groups)
+    m, r, w, b = _coefficients(mean, rstd, weight, bias, tl.program_id(1), c, C, groups)
     sum_dz = tl.zeros((BC,), tl.float32)
     sum_dzx = tl.zeros((BC,), tl.float32)
     for voxel in range(first, end, BS):
@@ -92,7 +92,7 @@ def backward_kernel(
 ):  # fmt: skip
     """dx = rstd * (weight * dz - mean(weight * dz) - xhat * mean(weight * dz * xhat)), means over the group."""
     _, first, end, c = _place(C, block, S, BC)
-    m, r, w, b = _coefficients(mean, rstd, weight, bias, c, C, groups)
+    m, r, w, b = _coefficients(mean, rstd, weight, bias, tl.program_id(1), c, C, groups)
     at = means + tl.program_id(1) * 2 * groups + c // (C // groups)
     mean_dz = tl.load(at, mask=c < C, other=0.0)[None, :]
     mean_dzx = tl.load(at + groups, mask=c < C, other=0.0)[None, :]

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-import triton
 
 FILL = 528  # programs that keep the largest chips busy: four for each of 132 multiprocessors
 
@@ -45,6 +44,8 @@ GRADIENT = {80: Launch(64, 64, 32, 4, 4), 90: Launch(128, 128, 64, 8, 3), 100: L
 
 def interpreted() -> bool:
     """Do the kernels run in Triton's interpreter?"""
+    import triton  # here: the launch table is of use without it
+
     return triton.knobs.runtime.interpret
 
 
@@ -75,7 +76,7 @@ def launch(device: torch.device | int, dtype: torch.dtype, c: int, o: int, gradi
     With statistics of y in the epilogue a block has at most 128 columns: at 256 the registers run out.
     """
     arch = architecture(device)
-    if interpreted():  # a step costs the same whatever its size
+    if not isinstance(device, int) and interpreted():  # a step costs the same whatever its size
         return Launch(64, power(c), 128, 4, 1) if gradient else Launch(256, power(o, most=64), power(c, most=64), 4, 1)
     if dtype == torch.float32:
         at = FLOAT32

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from t2ct.kernels import block_plan
 from torch import nn
 
 from t2ct.models.layers import Conv, GroupNormSiLU, norm_silu_conv
@@ -16,7 +17,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = {t: torch.finfo(t).eps for t in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
 # None is the automatic choice
 BACKENDS = [(None, t) for t in (torch.float64, torch.float32, torch.bfloat16)]
-BACKENDS += [("reference", torch.float32), ("triton", torch.float32), ("triton", torch.float16)]
+BACKENDS += [("reference", torch.float32), ("triton", torch.float32), ("triton", torch.float16),
+             ("triton", torch.bfloat16)]  # fmt: skip
 each = pytest.mark.parametrize("backend,dtype", BACKENDS, ids=lambda v: str(v).removeprefix("torch."))
 
 
@@ -28,6 +30,18 @@ def make(dtype, c=8, o=12, size=(3, 4, 2), n=2):
                torch.randn(n, o))  # fmt: skip
     tensors = [t.to(DEVICE, dtype) for t in tensors]
     return [t.contiguous(memory_format=torch.channels_last_3d) if i in (0, 5) else t for i, t in enumerate(tensors)]
+
+
+@pytest.fixture(params=("apply", "prologue"))
+def way(request, monkeypatch):
+    """How the norm reaches Triton's convolution, whatever the plan says."""
+    planned = block_plan.forward
+
+    def forced(*args):
+        return request.param, planned(*args)[1]
+
+    monkeypatch.setattr(block_plan, "forward", forced)
+    return request.param
 
 
 def op(x, gw, gb, w, b, residual, channel_bias):
@@ -58,7 +72,7 @@ def forced(backend, dtype):
 
 
 @each
-def test_matches_float64(forced, dtype):
+def test_matches_float64(forced, way, dtype):
     tensors = make(dtype)
     dy = torch.randn_like(tensors[5])
     exact = run(definition, [t.double() for t in tensors], dy)
@@ -84,28 +98,30 @@ def test_only_the_gradients_that_are_wanted():
 
 
 @each
-def test_chain_of_statistics(forced, backend, dtype):
+def test_chain_of_statistics(forced, way, backend, dtype):
     """What the first convolution says of its result is what GroupNorm would compute, and the second gives the same."""
     x, gw, gb, w, b, _, channel_bias = make(dtype, 8, 8)
     y, stats = group_norm_silu_conv3d_stats(x, gw, gb, w, b, 4, channel_bias=channel_bias, next_groups=2)
     assert (stats is not None) == (backend == "triton")
     if stats is not None:
         groups = y.double().reshape(2, 2, -1)
-        assert error(stats[0], groups.mean(2)) <= 1e-6
-        assert error(stats[1], (groups.var(2, correction=0) + 1e-6).rsqrt()) <= 1e-6
+        tolerance = 1e-6 if DEVICE == "cuda" or dtype != torch.bfloat16 else 1e-2  # interpreted, y is rounded later
+        assert error(stats[0], groups.mean(2)) <= tolerance
+        assert error(stats[1], (groups.var(2, correction=0) + 1e-6).rsqrt()) <= tolerance
     z, _ = group_norm_silu_conv3d_stats(y, gw, gb, w, b, 2, stats=stats)
     assert error(z, group_norm_silu_conv3d(y, gw, gb, w, b, 2).double()) <= 4 * EPS[dtype]
 
 
 @each
-def test_overwriting(forced, dtype):
-    """Without a gradient the activated tensor takes x's place; with one x stays as it is."""
+def test_overwriting(forced, way, backend, dtype):
+    """Without a gradient the activated tensor, where there is one, takes x's place; with one x stays as it is."""
     x, gw, gb, w, b, _, _ = make(dtype)
     a = F.silu(F.group_norm(x.double(), 4, gw.double(), gb.double(), 1e-6))
     exact = F.conv3d(a, w.double(), b.double(), padding=1)
     mine = x.clone()
     y, _ = group_norm_silu_conv3d_stats(mine, gw, gb, w, b, 4, overwrite=True)
-    assert error(y, exact) <= 8 * EPS[dtype] and not torch.equal(mine, x)
+    written = (backend, way) != ("triton", "prologue")
+    assert error(y, exact) <= 8 * EPS[dtype] and torch.equal(mine, x) != written
     mine = x.clone().requires_grad_()
     y, _ = group_norm_silu_conv3d_stats(mine, gw, gb, w, b, 4, overwrite=True)
     assert error(y.detach(), exact) <= 8 * EPS[dtype] and torch.equal(mine, x)

@@ -103,13 +103,17 @@ def test_many_small_tiles(small_tiles):
 
 @each_dtype
 def test_fused_input_and_output(small_tiles, dtype):
-    """GroupNorm's scale and shift with SiLU on the way in, zeros after them; sums and statistics on the way out."""
+    """GroupNorm with SiLU on the way in, zeros after them; sums and statistics on the way out."""
     x, w, b = make((2, 8, 5, 3, 2), 12, 3, dtype)
-    scale, shift = torch.randn(2, 2, 8, device=DEVICE)
+    mean, rstd = torch.randn(2, 4, device=DEVICE), torch.rand(2, 4, device=DEVICE) + 0.5
+    gamma, beta = torch.randn(2, 2 * 8, device=DEVICE)[:, ::2].to(dtype)
+    norm = (mean, rstd, gamma, beta, 4)
+    scale = rstd.double().repeat_interleave(2, 1) * gamma.double()
+    shift = beta.double() - mean.double().repeat_interleave(2, 1) * scale
     channel_bias = torch.randn(2, 12, device=DEVICE).to(dtype)
     residual = torch.randn(2, 12, 5, 3, 2, device=DEVICE).to(dtype).contiguous(memory_format=torch.channels_last_3d)
     y, (mean, m2, count) = conv.conv3d(
-        x, w, b, norm=(scale, shift), channel_bias=channel_bias, residual=residual, stats=True
+        x, w, b, norm=norm, channel_bias=channel_bias, residual=residual, stats=True
     )
 
     def wide(t):
@@ -121,7 +125,7 @@ def test_fused_input_and_output(small_tiles, dtype):
         if silu:
             assert error(y, exact + wide(channel_bias) + residual.double()) <= 4 * EPS[dtype]
         else:
-            assert error(conv.conv3d(x, w, b, norm=(scale, shift), silu=False), exact) <= 4 * EPS[dtype]
+            assert error(conv.conv3d(x, w, b, norm=norm, silu=False), exact) <= 4 * EPS[dtype]
     assert count.sum() == 30 and len(count) > 1
     weight = count.double()[None, :, None]
     merged = (mean.double() * weight).sum(1) / 30

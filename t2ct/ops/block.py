@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from t2ct.kernels import block_plan
+from t2ct.kernels.chips import chip_of
 from t2ct.ops import conv, norm
 from t2ct.ops.conv_autograd import bias_gradient, channel_bias_gradient
 from t2ct.ops.dispatch import channels_last, choose, kernel, watched
@@ -78,22 +80,33 @@ def _forward(
     x, gn_weight, gn_bias, weight, bias, residual, channel_bias, mean, rstd, groups, eps, next_groups, overwrite=False
 ):
     """((y,) or (y, mean, rstd) of y's groups), then mean and rstd of x's."""
-    x = norm._dense(x)
-    if overwrite and mean is None:
-        mean, m2, count = norm.group_stats(x, groups)
-        rstd = (m2 / count + eps).rsqrt()
-    if mean is None:
+    op, x = "group_norm_silu_conv3d", norm._dense(x)
+    way, in_epilogue = "apply", bool(next_groups)
+    if conv.by_triton(op, x, conv.autocast(weight)[0]):
+        voxels = len(x) * x.shape[2:].numel()
+        chip = chip_of(x.device)
+        way, in_epilogue = block_plan.forward(chip, x.dtype, voxels, x.shape[1], len(weight), in_epilogue)
+    affine = None
+    if way == "prologue":
+        if mean is None:
+            mean, rstd = kernel("norm", "merge_stats")(*kernel("norm", "partial_stats")(x), groups, eps)
+        a, affine = x, (mean.float(), rstd.float(), gn_weight, gn_bias, groups)
+    elif mean is None and not overwrite:
         a, mean, rstd = choose("group_norm", norm.FORWARD, x)[1](x, gn_weight, gn_bias, groups, eps, True)
     else:
+        if mean is None:
+            mean, m2, count = norm.group_stats(x, groups)
+            rstd = (m2 / count + eps).rsqrt()
         out = x if overwrite else torch.empty_like(x)
         a = choose("group_apply", norm.APPLY, x)[1](x, mean, rstd, gn_weight, gn_bias, groups, True, out)
     a, weight, bias, residual, channel_bias = conv.autocast(a, weight, bias, residual, channel_bias)
-    if not conv.by_triton("group_norm_silu_conv3d", a, weight):
+    if not conv.by_triton(op, a, weight):
         with torch.autocast(x.device.type, enabled=False):
             return (conv.conv3d(a, weight, bias, residual=residual, channel_bias=channel_bias),), mean, rstd
-    fused = {"residual": None if residual is None else channels_last(residual), "channel_bias": channel_bias}
+    fused = {"residual": None if residual is None else channels_last(residual), "channel_bias": channel_bias,
+             "norm": affine}  # fmt: skip
     launch = kernel("conv", "conv3d")
-    if not next_groups:
+    if not in_epilogue:
         return (launch(a, weight, bias, 1, 1, **fused),), mean, rstd
     y, parts = launch(a, weight, bias, 1, 1, **fused, stats=True)
     return (y, *kernel("norm", "merge_stats")(*parts, next_groups, eps)[:2]), mean, rstd
