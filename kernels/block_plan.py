@@ -89,7 +89,7 @@ def forward(chip: Chip, dtype: torch.dtype, voxels: int, c: int, o: int, stats: 
 
 def gradient_seconds(chip: Chip, dtype: torch.dtype, voxels: int, c: int, o: int, fused: bool) -> float:
     """Predicted, of the gradient of the convolution's input C -> O and the sums of its norm."""
-    at = launch(chip.table, dtype, o, c, stats=fused)
+    at = launch(chip.table, dtype, o, c, sums=fused)
     many = _filled(chip, at, voxels, c)
     work = conv_work(at, many, o, c, dtype)
     if not fused:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from t2ct.kernels import fold, resample
-from t2ct.kernels.norm import _coefficients, silu_of
+from t2ct.kernels.norm import _coefficients, silu_of, silu_slope
 from t2ct.kernels.plan import Launch, box, launch, splits_of, stored
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -43,7 +43,7 @@ def conv_kernel(
     D, H, W, C, YD, YH, YW, O, tiles_d, tiles_h, tiles_w, groups,
     K: tl.constexpr, S: tl.constexpr, PAD0: tl.constexpr, PAD1: tl.constexpr, PHASES: tl.constexpr,
     CLAMP: tl.constexpr, PROLOGUE: tl.constexpr, BIAS: tl.constexpr, CHANNEL_BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr, STATS: tl.constexpr, TMA: tl.constexpr, EVEN_C: tl.constexpr,
+    RESIDUAL: tl.constexpr, STATS: tl.constexpr, SUMS: tl.constexpr, TMA: tl.constexpr, EVEN_C: tl.constexpr,
     TD: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """One box of TD x TH x TW rows by BN channels of y (N, YD, YH, YW, O); x (N, D, H, W, C) or its descriptor.
@@ -51,7 +51,8 @@ def conv_kernel(
     weight (PHASES, O, K^3, C) or its descriptor (PHASES * O, K^3 * C). PAD0, PAD1: how far the window reaches before
     the row's voxel in an even and an odd phase. n_mean, n_rstd (N, groups) float32, n_weight, n_bias (C,): GroupNorm's,
     applied to x on its way in; the zeros around the volume come after it. mean, m2 (N, PHASES * tiles, O), count
-    (PHASES * tiles): of y.
+    (PHASES * tiles): of y. SUMS: y is instead the gradient of a norm's result before SiLU, residual that norm's input
+    and n_* its own, and mean (N, tiles, 2, O) receives the sums of y and y * xhat.
     """
     BM: tl.constexpr = TD * TH * TW
     OS: tl.constexpr = 2 if PHASES == 8 else 1
@@ -119,10 +120,19 @@ def conv_kernel(
     within = (((rd * OS + pa) * YH + rh * OS + pb) * YW + rw * OS + pc) * O
     out = first * O + within[:, None] + n[None, :]
     mask = valid[:, None] & (n < O)[None, :]
+    if SUMS:
+        mu, r, g, s = _coefficients(n_mean, n_rstd, n_weight, n_bias, sample, n, O, groups)
+        v = tl.load(residual + out, mask=mask, other=0.0).to(tl.float32)
+        acc = tl.where(mask, acc * silu_slope((v - mu) * (r * g) + s), 0.0)
     if RESIDUAL:
         acc += tl.load(residual + out, mask=mask, other=0.0).to(tl.float32)
     rounded = acc.to(y.dtype.element_ty)
     tl.store(y + out, rounded, mask=mask)
+    if SUMS:
+        v = tl.load(residual + out, mask=mask, other=0.0).to(tl.float32)  # again: registers are short
+        at_s = (sample * (tiles_d * tiles_h * tiles_w) + tile).to(tl.int64) * 2 * O + n
+        tl.store(mean + at_s, tl.sum(acc, 0), mask=n < O)
+        tl.store(mean + at_s + O, tl.sum(acc * ((v - mu) * r), 0), mask=n < O)
     if STATS:  # of what was written, so that whoever reads y finds them exact
         v = rounded.to(tl.float32)
         total = tl.sum(valid.to(tl.float32))
@@ -211,13 +221,16 @@ def _conv(
     norm: tuple[Tensor, Tensor, Tensor, Tensor, int] | None = None,
     silu: bool = True,
     stats: bool = False,
+    behind: Tensor | None = None,
     clamp: bool = False,
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
-    """(y, partial statistics of y or None). x (N, C, D, H, W) channels-last, weight (phases, O, K^3, C), size of y."""
+) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    """(y, partial statistics of y or None). x (N, C, D, H, W) channels-last, weight (phases, O, K^3, C), size of y.
+
+    behind: y is the gradient of silu(norm(behind)), which becomes norm's, and the statistics are its (sums,)."""
     n, c, *spatial = x.shape
     phases, o = weight.shape[:2]
     grid = [-(-m // (2 if phases == 8 else 1)) for m in size]
-    at = launch(x.device, x.dtype, c, o, stats=stats)
+    at = launch(x.device, x.dtype, c, o, stats=stats, sums=behind is not None)
     dims = box(grid, at.bm)
     tiles = [-(-m // b) for m, b in zip(grid, dims, strict=True)]
     count = tiles[0] * tiles[1] * tiles[2]
@@ -226,7 +239,10 @@ def _conv(
     if stats:
         mean = torch.empty(n, phases * count, o, device=x.device)
         parts = mean, torch.empty_like(mean), torch.empty(phases * count, device=x.device)
-    mean, m2, counts = parts or (y, y, y)
+    if behind is not None:
+        parts = (torch.empty(n, count, 2, o, device=x.device),)
+        residual = behind
+    mean, m2, counts = parts if stats and parts else (*(parts or (y,)), y, y)
     bias, channel_bias = (None if t is None else t.contiguous() for t in (bias, channel_bias))
     tma = None if stride > 1 or clamp else _descriptors(x, weight, at, dims)
     affine, groups = ([t.contiguous() for t in norm[:4]], norm[4]) if norm else ([y] * 4, 1)
@@ -235,8 +251,9 @@ def _conv(
         y if residual is None else residual, *affine, mean, m2, counts,
         *spatial, c, *size, o, *tiles, groups,
         K=k, S=stride, PAD0=pads[0], PAD1=pads[1], PHASES=phases, CLAMP=clamp,
-        PROLOGUE=0 if norm is None else 1 + silu, BIAS=bias is not None, CHANNEL_BIAS=channel_bias is not None,
-        RESIDUAL=residual is not None, STATS=stats, TMA=tma is not None, EVEN_C=c % at.bk == 0,
+        PROLOGUE=0 if norm is None or behind is not None else 1 + silu, BIAS=bias is not None,
+        CHANNEL_BIAS=channel_bias is not None, RESIDUAL=residual is not None and behind is None, STATS=stats,
+        SUMS=behind is not None, TMA=tma is not None, EVEN_C=c % at.bk == 0,
         TD=dims[0], TH=dims[1], TW=dims[2], BN=at.bn, BK=at.bk, num_warps=at.warps, num_stages=at.stages,
     )  # fmt: skip
     return y.to(x.dtype), parts
@@ -289,6 +306,16 @@ def conv3d_backward(dy, x, weight, stride, padding, wanted=(True, True)):
         dw = _weight_gradient(x, dy, k, stride, (padding, padding))
         dw = dw.view(len(weight), k, k, k, -1).permute(0, 4, 1, 2, 3).to(weight.dtype)
     return dx, dw
+
+
+def conv3d_backward_norm_silu(dy, x, weight, padding, mean, rstd, gn_weight, gn_bias, groups):
+    """(dz like x, sums (N, tiles, 2, C) float32) of conv3d(silu(z)), stride 1, z = GroupNorm(x) of statistics float32
+    (N, groups): the gradient of z in dy's dtype, and per tile and channel its sum and its sum with the normalised x."""
+    k = weight.shape[2]
+    norm = (mean, rstd, gn_weight, gn_bias, groups)
+    turned = fold.taps_last(fold.turned(weight))
+    dz, parts = _conv(dy, turned, x.shape[2:], k, 1, (k - 1 - padding,) * 2, norm=norm, behind=x)
+    return dz, parts[0]
 
 
 def upsample_conv3d(x, weight, bias=None, mode="nearest"):

@@ -17,20 +17,21 @@ def launches(arch: int):
         "conv": {},
         "conv, statistics": {"RESIDUAL": True, "CHANNEL_BIAS": True, "STATS": True},
         "conv, normalised on the way in": {"PROLOGUE": 2},
+        "gradient behind a norm": {"SUMS": True, "BIAS": False},
         "conv, stride 2": {"S": 2, "PAD0": 0, "PAD1": 0},
         "nearest x2, conv": {"K": 2, "PAD1": 0, "PHASES": 8},
         "trilinear x2, conv": {"PHASES": 8, "CLAMP": True},
     }
     for c, o in SIZES:
         for name, form in forms.items():
-            at = launch(arch, torch.float16, c, o, stats="STATS" in form)
+            at = launch(arch, torch.float16, c, o, stats="STATS" in form, sums="SUMS" in form)
             dims = dict(zip(("TD", "TH", "TW"), box((64, 64, 64), at.bm), strict=True))
             shape = ", ".join(map(str, (1, *dims.values(), at.bk)))
             tma = at.tma and not form.get("CLAMP") and form.get("S", 1) == 1
             kinds = (f"tensordesc<fp16[{shape}]>", f"tensordesc<fp16[{at.bn}, {at.bk}]>") if tma else ("*fp16",) * 2
             constants = {"K": 3, "S": 1, "PAD0": 1, "PAD1": 1, "PHASES": 1, "CLAMP": False, "PROLOGUE": 0, "BIAS": True}
-            constants |= {"CHANNEL_BIAS": False, "RESIDUAL": False, "STATS": False, "TMA": tma, "EVEN_C": True}
-            constants |= {**dims, "BN": at.bn, "BK": at.bk, **form}
+            constants |= dict.fromkeys(("CHANNEL_BIAS", "RESIDUAL", "STATS", "SUMS"), False)
+            constants |= {"TMA": tma, "EVEN_C": True, **dims, "BN": at.bn, "BK": at.bk, **form}
             yield {
                 "name": f"{name}, {c} to {o}",
                 "kernel": conv_kernel,

@@ -33,6 +33,12 @@ def silu_of(z):
 
 
 @triton.jit
+def silu_slope(z):
+    s = 1.0 / (1.0 + tl.exp2(z * -1.4426950408889634))
+    return s * (1.0 + z * (1.0 - s))
+
+
+@triton.jit
 def _chan(n, mean, m2, n_b, mean_b, m2_b):
     """The union of two disjoint sets given as (count, mean, M2); empty ones are allowed."""
     total = n + n_b

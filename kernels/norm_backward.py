@@ -2,7 +2,8 @@
 
 With z = weight * xhat + bias and dz = dy [* silu'(z)], per group of one sample:
 dx = rstd * (weight * dz - mean(weight * dz) - xhat * mean(weight * dz * xhat)).
-The first pass leaves sums of dz and dz * xhat per channel and tile, which also make dweight and dbias.
+The first pass leaves sums of dz and dz * xhat per channel and tile, which also make dweight and dbias. Where the
+gradient of a convolution writes dz it leaves them as well (kernels/conv.py), and one pass remains.
 """
 
 import torch
@@ -10,10 +11,13 @@ import triton
 import triton.language as tl
 from t2ct.kernels.norm import (
     CHANNELS,
+    FOLDED,
+    MOST_TILES,
     _coefficients,
     _place,
     _within,
     as_float,
+    silu_slope,
     sizes,
     tile,
     tile_voxels,
@@ -28,9 +32,7 @@ def _load_gradient(x, dy, at, mask, m, r, w, b, SILU: tl.constexpr):
     xhat = (tl.load(x + at, mask=mask, other=0.0).to(tl.float32) - m) * r
     dz = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
     if SILU:
-        z = xhat * w + b
-        s = 1.0 / (1.0 + tl.exp2(z * -1.4426950408889634))
-        dz *= s * (1.0 + z * (1.0 - s))
+        dz *= silu_slope(xhat * w + b)
     return dz, xhat
 
 
@@ -127,16 +129,40 @@ def group_norm_backward(
         dy, x, mean, rstd, w, b, sums, voxels, c, block, tiles, groups,
         SILU=silu, BS=bs, BC=bc, num_warps=HELD["sums"][1],
     )  # fmt: skip
+    return _from_sums(dy, x, w, b, mean, rstd, sums, groups, silu)
+
+
+def from_sums(
+    dz: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, sums: Tensor, groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`group_norm_backward` where the sums (N, tiles, 2, C) of dz and dz * xhat, float32, came with dz, the gradient
+    of weight * xhat + bias (SiLU's slope included): one pass over (x, dz)."""
+    if dz.stride() != x.stride() or dz.dtype != x.dtype:
+        dz = torch.empty_like(x).copy_(dz)
+    tiles = sums.shape[1]
+    if tiles > MOST_TILES:  # a program per group would read too long
+        each = triton.cdiv(tiles, FOLDED)
+        whole = tiles // each * each
+        parts = [sums[:, :whole].unflatten(1, (-1, each)).sum(2, dtype=torch.float64)]
+        if whole < tiles:
+            parts.append(sums[:, whole:].sum(1, keepdim=True, dtype=torch.float64))
+        sums = torch.cat(parts, 1)
+    w, b = weight.detach().contiguous(), bias.detach().contiguous()
+    return _from_sums(dz, x, w, b, as_float(mean), as_float(rstd), sums, groups, False)
+
+
+def _from_sums(dy, x, weight, bias, mean, rstd, sums, groups, silu):
+    n, voxels, c = sizes(x)
     totals, means = torch.empty(n, 2, c, device=x.device), torch.empty(n, 2, groups, device=x.device)
     rows, columns = _merge_block(c // groups)
     backward_merge_kernel[(n * groups,)](
-        sums, w, totals, means, groups / (voxels * c), tiles, c, groups, BT=rows, BC=columns, num_warps=4
+        sums, weight, totals, means, groups / (voxels * c), sums.shape[1], c, groups, BT=rows, BC=columns, num_warps=4
     )
     dx = writable(x)
     bs, bc = tile(c, HELD["dx"][0], voxels)
     block = tile_voxels(n, voxels, c, bs, bc)
     backward_kernel[(triton.cdiv(voxels, block) * triton.cdiv(c, bc), n)](
-        dy, x, dx, mean, rstd, w, b, means, voxels, c, block, groups,
+        dy, x, dx, mean, rstd, weight, bias, means, voxels, c, block, groups,
         SILU=silu, BS=bs, BC=bc, num_warps=HELD["dx"][1],
     )  # fmt: skip
     dw, db = totals[:, 1].sum(0), totals[:, 0].sum(0)  # two tensors: what an operator returns may not share memory
@@ -149,11 +175,13 @@ def launches(arch: int = 90):
     floats = dict.fromkeys(("mean", "rstd", "sums", "totals", "means"), "*fp32")
     halves = dict.fromkeys(("dy", "x", "dx", "weight", "bias"), "*fp16")
     for c in CHANNELS:
-        for name, kernel in (("sums", backward_sums_kernel), ("dx", backward_kernel)):
+        for name, kernel, silu in (("sums", backward_sums_kernel, True), ("dx", backward_kernel, True),
+                                   ("dx", backward_kernel, False)):  # fmt: skip
             bs, bc = tile(c, HELD[name][0], 1 << 20)
             yield {
-                "name": f"gradient, {name}, {c}", "kernel": kernel, "signature": halves | floats | ints,
-                "constexprs": {"SILU": True, "BS": bs, "BC": bc}, "num_warps": HELD[name][1], "num_stages": 3,
+                "name": f"gradient, {name}{'' if silu else ' of dz'}, {c}", "kernel": kernel,
+                "signature": halves | floats | ints, "constexprs": {"SILU": silu, "BS": bs, "BC": bc},
+                "num_warps": HELD[name][1], "num_stages": 3,
                 "divisible": [n for n in kernel.arg_names if n in halves or n in floats or n == "C"],
             }  # fmt: skip
         rows, columns = _merge_block(c // 32)

@@ -70,10 +70,13 @@ def power(n: int, least: int = 16, most: int = 1 << 30) -> int:
     return min(most, max(least, 1 << (n - 1).bit_length()))
 
 
-def launch(device: torch.device | int, dtype: torch.dtype, c: int, o: int, gradient=False, stats=False) -> Launch:
+def launch(
+    device: torch.device | int, dtype: torch.dtype, c: int, o: int, gradient=False, stats=False, sums=False
+) -> Launch:
     """The launch for C -> O channels; blocks never wider than the channels there are.
 
-    With statistics of y in the epilogue a block has at most 128 columns: at 256 the registers run out.
+    With statistics of y in the epilogue, or sums of a norm's gradient, a block has at most 128 columns: at 256 the
+    registers run out. For sums eight warps share it.
     """
     arch = architecture(device)
     if not isinstance(device, int) and interpreted():  # a step costs the same whatever its size
@@ -86,9 +89,9 @@ def launch(device: torch.device | int, dtype: torch.dtype, c: int, o: int, gradi
         at = next(row for most, row in TABLE[arch] if o <= most)
     if gradient:
         return Launch(power(o, 16, at.bm), power(c, 16, at.bn), at.bk, at.warps, at.stages)
-    bn = min(at.bn, 128) if stats else at.bn
-    tma = arch >= 90 and dtype != torch.float32
-    return Launch(at.bm, power(o, 16, bn), power(c, 16, at.bk), at.warps, at.stages, tma)
+    bn = min(at.bn, 128) if stats or sums else at.bn
+    tma, warps = arch >= 90 and dtype != torch.float32, 8 if sums else at.warps
+    return Launch(at.bm, power(o, 16, bn), power(c, 16, at.bk), warps, at.stages, tma)
 
 
 def box(grid, rows: int) -> tuple[int, int, int]:

@@ -34,13 +34,14 @@ def make(dtype, c=8, o=12, size=(3, 4, 2), n=2):
 
 @pytest.fixture(params=("apply", "prologue"))
 def way(request, monkeypatch):
-    """How the norm reaches Triton's convolution, whatever the plan says."""
+    """How the norm reaches Triton's convolution, and its sums out of the gradient's, whatever the plan says."""
     planned = block_plan.forward
 
     def forced(*args):
         return request.param, planned(*args)[1]
 
     monkeypatch.setattr(block_plan, "forward", forced)
+    monkeypatch.setattr(block_plan, "gradient", lambda *args: request.param == "prologue")
     return request.param
 
 
@@ -82,6 +83,15 @@ def test_matches_float64(forced, way, dtype):
         assert ours.dtype == dtype and error(ours, truth) <= 2 * error(theirs, truth) + 8 * EPS[dtype]
     with torch.no_grad():
         assert error(op(*tensors), mine[0].double()) <= 2 * EPS[dtype]
+
+
+@pytest.mark.skipif(bool(why_not("triton", DEVICE, torch.float16)), reason="no Triton here")
+def test_same_bits_twice(way):
+    tensors = make(torch.float16)
+    dy = torch.randn_like(tensors[5])
+    with use_backend("triton"):
+        first, second = run(op, tensors, dy), run(op, tensors, dy)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_gradcheck():

@@ -83,7 +83,7 @@ def test_folded_upsampling(mode, size, dtype):
 def small_tiles(request, monkeypatch):
     """Blocks so small that every loop turns and every edge is met; with tensor descriptors too."""
 
-    def small(device, dtype, c, o, gradient=False, stats=False):
+    def small(device, dtype, c, o, gradient=False, **_):
         return plan.Launch(16, 16, 16, 4, 2, tma=request.param and not gradient)
 
     monkeypatch.setattr(conv, "launch", small)
@@ -134,6 +134,27 @@ def test_fused_input_and_output(small_tiles, dtype):
     tolerance = 1e-6 if DEVICE == "cuda" or dtype != torch.bfloat16 else 1e-2  # interpreted, y is rounded afterwards
     assert error(merged, flat.mean(2)) <= tolerance
     assert error(total / 30, flat.var(2, correction=0)) <= tolerance
+
+
+@each_dtype
+def test_gradient_behind_a_norm(small_tiles, dtype):
+    """The gradient of silu(norm(x)) times SiLU's slope, and its sums with 1 and with xhat, per tile."""
+    x, w, _ = make((2, 12, 5, 3, 2), 8, 3, dtype)
+    dy = torch.randn(2, 8, 5, 3, 2, device=DEVICE).to(dtype).contiguous(memory_format=torch.channels_last_3d)
+    mean, rstd = torch.randn(2, 4, device=DEVICE), torch.rand(2, 4, device=DEVICE) + 0.5
+    gamma, beta = torch.randn(2, 12, device=DEVICE).to(dtype)
+    dz, sums = conv.conv3d_backward_norm_silu(dy, x, w, 1, mean, rstd, gamma, beta, 4)
+
+    def wide(t):
+        return t.double()[..., None, None, None]
+
+    xhat = (x.double() - wide(mean.repeat_interleave(3, 1))) * wide(rstd.repeat_interleave(3, 1))
+    z = (xhat * wide(gamma) + wide(beta)).requires_grad_()
+    (exact,) = torch.autograd.grad(F.conv3d(F.silu(z), w.double(), padding=1), z, dy.double())
+    assert dz.dtype == dtype and error(dz, exact) <= 4 * EPS[dtype]
+    assert sums.shape[1] > 1 and sums.dtype == torch.float32
+    for mine, truth in zip(sums.sum(1).unbind(1), (exact, exact * xhat), strict=True):
+        assert error(mine, truth.sum((2, 3, 4))) <= 1e-5  # of numbers that are not rounded yet
 
 
 @each_dtype

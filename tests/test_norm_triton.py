@@ -125,6 +125,26 @@ def test_many_small_tiles(dtype, silu, monkeypatch):
         assert error(ours, truth) <= 2 * error(theirs, truth) + 4 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("tiles", (3, 50))
+def test_gradient_from_sums(tiles, monkeypatch):
+    """The sums of dz and dz * xhat in tiles of any number, 50 folded first, are as good as the pass that makes them."""
+    monkeypatch.setattr(norm_backward, "MOST_TILES", 20)
+    monkeypatch.setattr(norm_backward, "FOLDED", 7)
+    x, w, b, dz = torch.randn(2, 12, 5, 5, 2) + 3, torch.randn(12), torch.randn(12), torch.randn(2, 12, 5, 5, 2)
+    x, w, b, dz = last(x), w.to(DEVICE), b.to(DEVICE), last(dz)
+    m2, mean = torch.var_mean(x.reshape(2, 4, -1), dim=2, correction=0)
+    rstd = (m2 + 1e-6).rsqrt()
+    wide_mean, wide_rstd = (t.repeat_interleave(3, 1)[..., None, None, None] for t in (mean, rstd))
+    xhat = (x - wide_mean) * wide_rstd
+    parts = (t.flatten(2).tensor_split(tiles, 2) for t in (dz, dz * xhat))
+    sums = torch.stack([torch.stack([p.sum(2) for p in part], 1) for part in parts], 2)
+    leaves = [t.double().requires_grad_() for t in (x, w, b)]
+    exact = torch.autograd.grad(F.group_norm(leaves[0], 4, leaves[1], leaves[2], 1e-6), leaves, dz.double())
+    mine = norm_backward.from_sums(dz, x, w, b, mean, rstd, sums.contiguous(), 4)
+    for ours, truth in zip(mine, exact, strict=True):
+        assert error(ours, truth) <= 4e-6
+
+
 def test_parameters_of_any_floating_dtype():
     x = last(torch.randn(1, 6, 3, 2, 2))
     exact = F.group_norm(x.double(), 2, torch.full((6,), 0.5, device=DEVICE).double(), None, 1e-6)

@@ -34,7 +34,8 @@ def group_norm_silu_conv3d(
     Returns             (N, O, X, Y, Z) in x's dtype; under autocast in its dtype
     Raises              ValueError and TypeError as `group_norm` and `conv3d`
 
-    For the gradient x and the statistics of its groups are kept; the activated tensor is made again.
+    For the gradient x and the statistics of its groups are kept; the activated tensor is made again. Under Triton
+    kernels/block_plan.py decides what of the norm runs inside the convolutions; see `t2ct explain`.
     """
     return group_norm_silu_conv3d_stats(
         x, gn_weight, gn_bias, conv_weight, conv_bias, groups, eps, residual, channel_bias=channel_bias
@@ -128,20 +129,35 @@ class _NormConv(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, *_):
         x, gn_weight, gn_bias, weight, bias, channel_bias, mean, rstd = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
-        a = choose("group_apply", norm.APPLY, x)[1](
-            x, mean, rstd, gn_weight, gn_bias, ctx.groups, True, torch.empty_like(x)
-        )
-        da, dw = _conv_gradient(dy, a.to(ctx.dtype), weight.to(ctx.dtype), (any(wanted[:3]), wanted[3]))
-        dx = dgw = dgb = None
-        if da is not None:
-            dx, dgw, dgb = choose("group_norm_backward", norm.BACKWARD, x)[1](
-                da.to(x.dtype), x, gn_weight, gn_bias, mean, rstd, ctx.groups, True
-            )
+        wanted, affine, w = ctx.needs_input_grad, (mean, rstd, gn_weight, gn_bias), weight.to(ctx.dtype)
+        dx = dgw = dgb = dw = None
+        of_norm = any(wanted[:3])
+        if of_norm and _sums_in_epilogue(x, w):
+            dy, of_norm = channels_last(dy), False
+            statistics = mean.float(), rstd.float()
+            dz, sums = kernel("conv", "conv3d_backward_norm_silu")(dy, x, w, 1, *statistics, *affine[2:], ctx.groups)
+            dx, dgw, dgb = kernel("norm_backward", "from_sums")(
+                dz, x, gn_weight, gn_bias, *statistics, sums, ctx.groups
+            )  # fmt: skip
+        if of_norm or wanted[3]:
+            a = choose("group_apply", norm.APPLY, x)[1](x, *affine, ctx.groups, True, torch.empty_like(x))
+            da, dw = _conv_gradient(dy, a.to(ctx.dtype), w, (of_norm, wanted[3]))
+            if da is not None:
+                dx, dgw, dgb = choose("group_norm_backward", norm.BACKWARD, x)[1](
+                    da.to(x.dtype), x, gn_weight, gn_bias, mean, rstd, ctx.groups, True
+                )
         dw = None if dw is None else dw.to(weight.dtype)
         residual = None if ctx.residual is None else dy.to(ctx.residual)
         return (dx, dgw, dgb, dw, bias_gradient(dy, bias), residual, channel_bias_gradient(dy, channel_bias),
                 None, None, None, None, None)  # fmt: skip
+
+
+def _sums_in_epilogue(x: Tensor, weight: Tensor) -> bool:
+    """Does the gradient of the convolution's input take the sums of the norm's along? Only Triton's can."""
+    if not conv.by_triton("group_norm_silu_conv3d", x, weight):
+        return False
+    voxels = len(x) * x.shape[2:].numel()
+    return block_plan.gradient(chip_of(x.device), x.dtype, voxels, x.shape[1], len(weight))
 
 
 def _conv_gradient(dy: Tensor, a: Tensor, weight: Tensor, wanted: tuple[bool, bool]):
