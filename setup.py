@@ -24,6 +24,8 @@ FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fas
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
 LINK = ["-shared", *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-s", "-ldl"])]
 
+EXACT = ["-ffp-contract=off"]  # a part of a result has the bits of the whole; merge.cu's are emulated
+
 # One unit per instruction set: only the unit that is chosen at run time may hold its instructions.
 UNITS = {
     "csrc/bind.cpp": [],
@@ -31,7 +33,9 @@ UNITS = {
     "csrc/cpu/conv_portable.cpp": [],
     "csrc/cpu/norm.cpp": OPENMP,
     "csrc/cpu/norm_portable.cpp": [],
-    "csrc/cuda/merge.cpp": ["-ffp-contract=off"],  # it emulates what merge.cu computes, to the bit
+    "csrc/cpu/resample/resample.cpp": OPENMP,
+    "csrc/cpu/resample/portable.cpp": EXACT,
+    "csrc/cuda/merge.cpp": EXACT,
 }
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
@@ -44,8 +48,10 @@ if X86:
         BFLOAT16_UNIT: [*AVX512, BFLOAT16_FLAG],
         "csrc/cpu/norm_avx2.cpp": AVX2,
         "csrc/cpu/norm_avx512.cpp": AVX512,
+        "csrc/cpu/resample/avx2.cpp": [*AVX2, *EXACT],
+        "csrc/cpu/resample/avx512.cpp": [*AVX512, *EXACT],
     }
-DEPENDS = sorted(str(p.relative_to(ROOT)) for pattern in ("*/*.h", "cuda/*.c*") for p in ROOT.glob("csrc/" + pattern))
+DEPENDS = sorted(str(p.relative_to(ROOT)) for pattern in ("**/*.h", "cuda/*.c*") for p in ROOT.glob("csrc/" + pattern))
 
 # Kernels for the GPU: csrc/cuda/NAME.cu becomes a fatbin at the symbol t2ct_image_NAME.
 CUDA_UNITS = {"csrc/cuda/merge.cu": ["-fmad=false"]}

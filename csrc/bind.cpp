@@ -9,6 +9,7 @@
 
 #include "cpu/conv.h"
 #include "cpu/norm.h"
+#include "cpu/resample/resample.h"
 #include "cuda/driver.h"
 #include "cuda/merge.h"
 
@@ -85,6 +86,23 @@ PYBIND11_MODULE(_C, m) {
         "3x3x3, stride 1, padding 1, for small volumes. shape: (n, X, Y, Z, in, out, bfloat16); w (out, in, 3, 3, 3) as "
         "torch keeps it; bias float32 or 0.");
   m.attr("conv3d_bfloat16") = t2ct::conv_has_bfloat16();
+
+  using Grid = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, bool>;
+  auto grid = [](const Grid& g) {
+    return t2ct::ResampleShape{std::get<0>(g), std::get<1>(g), std::get<2>(g),
+                               std::get<3>(g), std::get<4>(g), std::get<5>(g)};
+  };
+  m.def("upsample",
+        [grid](Grid g, int64_t start, int64_t stop, address x, address y, int threads, int isa) {
+          t2ct::upsample(grid(g), start, stop, at<void>(x), at<void>(y), threads, isa);
+        },
+        release(),
+        "Trilinear doubling; y holds planes start to stop along X. shape: x's (n, X, Y, Z, channels, bfloat16).");
+  m.def("upsample_backward",
+        [grid](Grid g, address dy, address dx, int threads, int isa) {
+          t2ct::upsample_backward(grid(g), at<void>(dy), at<void>(dx), threads, isa);
+        },
+        release(), "The gradient of upsample with every plane; shape: dx's.");
 
   using Tiles = std::tuple<int, int64_t, int, int>;
   auto merge_args = [](const Tiles& s, address mean, address m2, address count, double eps, address out_mean,
