@@ -15,6 +15,7 @@ from torch import Tensor
 
 from t2ct.ops import conv_autograd, conv_cpu
 from t2ct.ops.dispatch import Table, candidates, choose, forced, is_channels_last, refusal, watched
+from t2ct.ops.resample import upsample
 
 # csrc reads a convolution's weights once where oneDNN, which reorders them, moves them three times; that pays where
 # there are many weights and few voxels (benchmarks/bench_conv.py).
@@ -28,7 +29,7 @@ def _reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _doubled(x: Tensor, weight: Tensor, bias: Tensor | None, mode: str = "nearest") -> Tensor:
-    return conv3d(F.interpolate(x, scale_factor=2.0, mode=mode), weight, bias)
+    return conv3d(upsample(x, mode), weight, bias)
 
 
 def _folded(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
