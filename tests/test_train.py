@@ -1,90 +1,83 @@
-"""The training loop and the three losses, on problems small enough to know the answer."""
+"""The pieces of training on problems small enough to know the answer: configuration, rates, losses, networks."""
 
-import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from micro import MicroRecipe
 from small import SMALL
 from torch import nn
 
-from t2ct.models import CLIP3D, VAE, UNet
-from t2ct.train import phantom_set
-from t2ct.train.clip import clip_loss, embed_texts, info_nce
-from t2ct.train.ldm import encode_volumes, freeze_dead, ldm_loss
-from t2ct.train.loop import LoopConfig, Optimisers, rate_factor, run
-from t2ct.train.vae import draw_patches, edge_loss, kl_divergence, vae_loss
-
-CONFIG = LoopConfig(steps=12, batch_size=4, learning_rate=0.05, warmup=3, ema_decay=0.9)
-
-
-def linear_problem():
-    torch.manual_seed(0)
-    model = nn.Linear(3, 1)
-
-    def loss_of(generator):
-        x = torch.randn(4, 3, generator=generator)
-        return (model(x) - x.sum(1, keepdim=True)).square().mean(), {}
-
-    return model, loss_of
-
-
-@pytest.mark.parametrize("matrix_rate", (0.0, 0.02), ids=("adam", "muon"))
-def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path, monkeypatch, matrix_rate):
-    config = replace(CONFIG, matrix_learning_rate=matrix_rate)
-    whole, loss_of = linear_problem()
-    run(whole, loss_of, config, tmp_path / "whole.safetensors", "whole")
-    monkeypatch.setattr("t2ct.train.loop.SAVE_EVERY_SECONDS", 0.0)  # a checkpoint every step
-    model, loss_of = linear_problem()
-    seen = 0
-
-    def killed(generator):
-        nonlocal seen
-        seen += 1
-        if seen == 6:
-            raise KeyboardInterrupt
-        return loss_of(generator)
-
-    with pytest.raises(KeyboardInterrupt):
-        run(model, killed, config, tmp_path / "stopped.safetensors", "stopped")
-    again, loss_of = linear_problem()
-    with torch.no_grad():
-        again.weight.zero_()  # what the checkpoint must overwrite
-    run(again, loss_of, config, tmp_path / "stopped.safetensors", "resumed")
-    assert torch.equal(again.weight, whole.weight)
-    assert torch.equal(again.bias, whole.bias)
-    finished, loss_of = linear_problem()
-    run(finished, lambda g: pytest.fail("nothing is left to do"), config, tmp_path / "whole.safetensors", "finished")
-    assert torch.equal(finished.weight, whole.weight)
+from t2ct.models import VAE
+from t2ct.train import PRESETS
+from t2ct.train.clip import info_nce
+from t2ct.train.config import (
+    KINDS,
+    Training,
+    VAETraining,
+    differences,
+    read_override,
+    read_toml,
+    to_toml,
+    updated,
+)
+from t2ct.train.data.augment import augment, cut
+from t2ct.train.data.order import Micros, Order, collate, generator
+from t2ct.train.data.source import Item
+from t2ct.train.optim import Average, Optimisers, rate_factor
+from t2ct.train.parts.critic import Critic, RandomFeatures
+from t2ct.train.presets import before, preset
+from t2ct.train.show.figures import recall, reconstruction, ssim
+from t2ct.train.vae import Patches, VAERecipe, edge_loss, kl_divergence, window_loss
 
 
-def test_the_loop_learns_and_averages(tmp_path):
-    model, loss_of = linear_problem()
-    run(model, loss_of, replace(CONFIG, steps=300, ema_decay=0.5), tmp_path / "c.safetensors", "learn")
-    assert torch.allclose(model.weight, torch.ones(1, 3), atol=0.05)
-    assert not model.training
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_survives_toml(kind, name):
+    config = preset(kind, name)
+    for comments in (False, True):
+        assert updated(type(config)(), read_toml(to_toml(config, comments=comments))) == config
+    assert not differences(read_toml(to_toml(config)), config)
+    assert all(isinstance(c, KINDS[k]) for _, k, c in before(kind, name))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    model, _ = linear_problem()
-    with pytest.raises(RuntimeError, match="the loss is nan at step 0; the last checkpoint is"):
-        run(model, lambda g: (model.weight.sum() * float("nan"), {}), CONFIG, tmp_path / "c.safetensors", "bad")
+def test_a_key_that_is_unknown_is_told_its_nearest():
+    config = preset("ldm", "tiny")
+    for values, wanted in (
+        ({"learning_rat": 1e-3}, "config: unknown key 'learning_rat'; the nearest is 'learning_rate'"),
+        ({"model": {"unet": {"chanels": [8]}}}, "config.model.unet: unknown key 'chanels'; the nearest is 'channels'"),
+        ({"steps": 1.5}, "config.steps: wanted an integer, got 1.5"),
+        ({"model": 3}, "config.model: wanted a table, got 3"),
+        ({"loss": "l1"}, "loss: wanted one of squared, absolute, got 'l1'"),
+        ({"steps": 0}, "steps: wanted an integer of at least 1, got 0"),
+        ({"ema": 1.0}, "ema: wanted a decay from 0 up to 1, got 1.0"),
+    ):
+        with pytest.raises(ValueError, match=wanted):
+            updated(config, values)
+    with pytest.raises(ValueError, match="wanted TOML"):
+        read_toml("steps = = 3")
+    assert read_override("model.vae.channels=[8, 16]") == {"model": {"vae": {"channels": [8, 16]}}}
+    assert read_override("loss=absolute") == {"loss": "absolute"}
+    assert updated(config, {"warmup": 3}).warmup == 3.0
+    changed = differences(read_toml(to_toml(config)), replace(config, learning_rate=1.0, workers=5))
+    assert changed == ["learning_rate: the run has 0.002, got 1.0"]  # workers are free
 
 
 def test_rates_warm_up_and_fall():
-    c = LoopConfig(steps=110, batch_size=1, learning_rate=2.0, warmup=10)
-    assert rate_factor(0, c) == pytest.approx(0.1)
-    assert rate_factor(9, c) == pytest.approx(1.0)
+    c = Training(steps=110, warmup=10.0)
+    assert [rate_factor(s, c) for s in (0, 9)] == pytest.approx([0.1, 1.0])
     assert rate_factor(60, c) == pytest.approx(0.5)  # half the cosine
     assert rate_factor(110, c) == pytest.approx(0.0, abs=1e-12)
+    assert rate_factor(4, replace(c, warmup=0.1)) == pytest.approx(5 / 11)  # a share of the steps
+    assert rate_factor(60, replace(c, schedule="polynomial")) == pytest.approx(0.25)
+    assert rate_factor(60, replace(c, schedule="constant")) == 1
 
 
 def test_matrices_go_to_muon_and_the_rest_to_adam():
     model = nn.Sequential(nn.Conv3d(2, 4, 3), nn.Linear(4, 4), nn.Embedding(3, 4), nn.GroupNorm(2, 4))
     live = dict(model.named_parameters())
-    config = LoopConfig(steps=1, batch_size=1, learning_rate=0.0, matrix_learning_rate=0.1)
-    optimisers = Optimisers(model, live, config)
+    optimisers = Optimisers(model, 0.0, 0.1, 0.0)
     assert set(optimisers.matrices) == {"0.weight", "1.weight"}
     before = {k: p.detach().clone() for k, p in live.items()}
     for p in live.values():
@@ -94,6 +87,26 @@ def test_matrices_go_to_muon_and_the_rest_to_adam():
     # An orthogonalised step: every singular value is about the rate (Newton-Schulz leaves them between 0.7 and 1.2).
     moved = (before["0.weight"] - live["0.weight"]).detach().view(4, -1)
     assert torch.linalg.svdvals(moved) == pytest.approx(np.full(4, 0.05), rel=0.4)
+
+
+def test_the_average_is_its_formula_and_copies_buffers():
+    model, average = nn.Linear(2, 1), None
+    model.register_buffer("seen", torch.zeros(1))
+    average = Average(model, 0.5)
+    first = model.weight.detach().clone()
+    with torch.no_grad():
+        model.weight.add_(1)
+        model.seen.fill_(7)
+    average.update(model)  # the first of them: a share of 1 - 1/10
+    assert torch.allclose(average.weights["weight"], first + 0.9)
+    assert average.weights["seen"].item() == 7
+    for _ in range(20):
+        average.update(model)
+    with torch.no_grad():
+        model.weight.add_(1)
+    kept = average.weights["weight"].clone()
+    average.update(model)
+    assert torch.allclose(average.weights["weight"], (kept + model.weight) / 2)
 
 
 def test_losses_are_their_formulas():
@@ -109,73 +122,93 @@ def test_losses_are_their_formulas():
     ramp = torch.arange(4.0).view(1, 1, 4, 1, 1).expand(1, 1, 4, 3, 3)
     assert edge_loss(ramp, torch.zeros_like(ramp)).item() == pytest.approx(1 / 3)  # slope 1 along one axis of three
     assert edge_loss(ramp, ramp + 5).item() == 0  # edges, not levels
+    inside = torch.full((1, 1, 2, 2, 2), 0.5)  # 0 HU; the window is -160 to 240
+    assert window_loss(inside, inside + 0.02).item() == pytest.approx(0.1, rel=1e-4)
+    assert window_loss(inside + 0.2, inside + 0.4).item() == 0
 
 
-def test_patches_are_of_the_volumes():
-    hu = np.arange(2 * 4 * 4 * 4, dtype=np.int16).reshape(2, 4, 4, 4)
-    x = draw_patches(hu, 3, (2, 4, 2), torch.Generator().manual_seed(0))
-    assert x.shape == (3, 1, 2, 4, 2)
-    first = round(x[0, 0, 0, 0, 0].item() * 2000 - 1000)
-    assert first in hu
-    assert x[0, 0, 0, 1, 0] * 2000 - 1000 == pytest.approx(first + 4, abs=1e-3)  # the next voxel along Y
+def test_order_is_a_function_of_the_seed():
+    order = Order(11, 4, 3)
+    seen = [[draw[0] for draw in order.at(s)] for s in range(6)]
+    assert all(len(set(batch)) == 4 for batch in seen)  # no volume twice in a batch
+    assert len({i for batch in seen[:2] for i in batch}) == 8  # nor in an epoch
+    assert [[d[0] for d in Order(11, 4, 3).at(s)] for s in (5, 0, 3)] == [seen[5], seen[0], seen[3]]
+    assert seen != [[draw[0] for draw in Order(11, 4, 4).at(s)] for s in range(6)]
+    assert [d[1:] for d in order.at(2)] == [(8, 0), (9, 1), (10, 2), (11, 3)]
+    whole = [draw for s in range(2, 6) for draw in order.at(s)]
+    parts = [list(Micros(order, 1, 2, 6, rank, 2)) for rank in (0, 1)]
+    assert sorted(d for part in parts for micro in part for d in micro) == sorted(whole)
+    assert len(Micros(order, 1, 2, 6, 0, 2)) == len(parts[0]) == 8
+    small = [draw[0] for draw in Order(3, 4, 0).at(0)]
+    assert sorted(small)[:1] == [0] and len(small) == 4  # fewer volumes than a batch: they come again
+    a, b = (torch.rand(3, generator=generator(1, n)) for n in (5, 6))
+    assert not torch.equal(a, b) and torch.equal(a, torch.rand(3, generator=generator(1, 5)))
 
 
-@pytest.fixture(scope="module")
-def drawn(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("phantoms")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(phantom_set, "SHARD", 2)
-        data = phantom_set.phantom_set(folder, 4, (16, 16, 16), first_seed=10, workers=1)
-        files = sorted(folder.iterdir())
-        files[0].unlink()
-        kept = files[1].stat().st_mtime_ns
-        again = phantom_set.phantom_set(folder, 4, (16, 16, 16), first_seed=10, workers=1)
-        with pytest.raises(ValueError, match="count must be a multiple of 2, got 3"):
-            phantom_set.phantom_set(folder, 3, (16, 16, 16))
-    assert files[1].stat().st_mtime_ns == kept  # only what was missing is drawn
-    assert np.array_equal(data.hu, again.hu)
-    assert data.prompts == again.prompts
-    return data
+def test_token_rows_are_filled_with_their_end():
+    rows = [{"ids": torch.tensor([1, 9])}, {"ids": torch.tensor([1, 2, 3, 9])}]
+    assert collate(rows)["ids"].tolist() == [[1, 9, 9, 9], [1, 2, 3, 9]]
 
 
-def test_a_set_of_phantoms(drawn):
-    assert len(drawn) == 4
-    assert drawn.hu.shape == (4, 16, 16, 16)
-    assert drawn.hu.dtype == np.int16
-    assert all(len(texts) == phantom_set.WORDINGS and all(texts) for texts in drawn.prompts)
-    assert len({text for texts in drawn.prompts for text in texts}) > 8
-    seeds = range(400)
-    counts = np.bincount([len(phantom_set.draw_names(s)) for s in seeds], minlength=4) / len(seeds)
-    assert 0.06 < counts[0] < 0.2  # about the share of normals that the table says
-    assert phantom_set.draw_names(7) == phantom_set.draw_names(7)
+def test_patches_and_their_augmentation():
+    hu = np.arange(6 * 8 * 4, dtype=np.int16).reshape(6, 8, 4)
+    assert np.array_equal(cut(hu, (2, 4, 2), None), hu[2:4, 2:6, 1:3])  # the middle
+    patch = cut(hu, (2, 4, 2), torch.Generator().manual_seed(1))
+    assert np.array_equal(patch - patch[0, 0, 0], hu[:2, :4, :2])  # somewhere else, as it lies
+    x = torch.rand(1, 8, 8, 8)
+    made = [augment(x, torch.Generator().manual_seed(s)) for s in range(40)]
+    assert all(m.shape == x.shape and 0 <= m.min() and m.max() <= 1 for m in made)
+    assert torch.equal(made[3], augment(x, torch.Generator().manual_seed(3)))
+    moved = [m for m in made if torch.allclose(m.sort().values.sum(), x.sum(), atol=1e-3)]
+    assert 5 < len(moved) < 38  # flips and turns alone keep every value; zoom, turning and contrast do not
+    config = VAETraining(model=SMALL, steps=10, batch=2, patches=((8, 8, 8), (16, 16, 16)), patch_from=(0.0, 0.5))
+    patches = Patches(config)
+    assert [patches.patch_at(n)[0] for n in (0, 9, 10, 19)] == [8, 8, 16, 16]
+    made = patches(Item(np.zeros((16, 16, 16), np.int16), (1.0,) * 3), (0, 3, 1))
+    assert made["x"].shape == (1, 8, 8, 8) and made["noise"].shape == (4, 2, 2, 2)
+    with pytest.raises(ValueError, match=r"wanted three multiples of 4 within \(16, 16, 16\), got \(6, 8, 8\)"):
+        VAERecipe(replace(config, patches=((6, 8, 8),), patch_from=(0.0,)), VAE(SMALL.vae), None)
 
 
-def test_every_network_learns_a_little(drawn, tmp_path):
-    """A few steps of each recipe lower its loss on the data it saw; weights that must not move do not."""
-    torch.manual_seed(0)
-    vae, clip, unet = VAE(SMALL.vae), CLIP3D(SMALL.clip), UNet(SMALL.unet)
-    freeze_dead(unet)
-    ids = torch.randint(0, 279, (4, 2, 6), generator=torch.Generator().manual_seed(0))
-    ids[..., -1] = 279
-    embeds = embed_texts(clip, ids.flatten(0, 1)).view(4, 2, -1)
-    mu, sigma = encode_volumes(vae, drawn.hu, batch=3)
-    assert mu.shape == sigma.shape == (4, 4, 4, 4, 4)
-    query = unet.state_dict()["middle_block.attention.transformer_blocks.0.attn2.to_q.weight"].clone()
-    problems = {
-        "vae": (vae, vae_loss(vae, drawn.hu, 2, (16, 16, 8)), 40),
-        "clip": (clip, clip_loss(clip, drawn.hu, ids, 4), 40),
-        "unet": (unet, ldm_loss(unet, mu, embeds, (20.0, 20.0, 20.0), 1.0, 4, 64), 40),
-    }
-    for name, (model, loss_of, steps) in problems.items():
+def test_figures_of_a_reconstruction():
+    x = torch.rand(1, 1, 16, 16, 16)
+    assert ssim(x, x).item() == pytest.approx(1)
+    assert ssim(x, torch.rand_like(x)).item() < 0.2
+    truth = torch.full((1, 1, 8, 8, 8), 0.5)  # soft tissue
+    truth[..., :4] = 0.1  # lung
+    made = truth + 0.01
+    figures = reconstruction([(truth, made)])
+    assert figures["l1_hu"] == pytest.approx(20, rel=1e-3) and figures["psnr_db"] == pytest.approx(40, rel=1e-3)
+    assert [figures[f"{tissue}_hu"] for tissue in ("air_lung", "soft")] == pytest.approx([20, 20], rel=1e-3)
+    assert next(iter(figures)) == "l1_hu"  # the score
+    rows = torch.eye(12)
+    assert set(recall(rows, rows).values()) == {1.0}
+    shifted = recall(rows, rows.roll(1, 0))
+    assert shifted["volume_r1"] == 0 and shifted["text_r10"] == 0
+    assert recall(torch.ones(12, 4) / 2, torch.ones(12, 4) / 2)["volume_r10"] == 0  # all alike is nothing found
 
-        def mean_loss(loss_of=loss_of):
-            with torch.no_grad():
-                return sum(loss_of(torch.Generator().manual_seed(1000 + i))[0].item() for i in range(8)) / 8
 
-        before = mean_loss()
-        # oneDNN's bfloat16 weight gradient of a volume of one voxel, at the bottom of this UNet, may hold NaN.
-        config = LoopConfig(steps=steps, batch_size=4, learning_rate=2e-3, warmup=5, autocast=name != "unet")
-        run(model, loss_of, config, tmp_path / f"{name}.safetensors", name)
-        assert mean_loss() < before, name
-    assert torch.equal(unet.state_dict()["middle_block.attention.transformer_blocks.0.attn2.to_q.weight"], query)
-    assert 0 <= clip.logit_scale.item() <= math.log(100)
+def test_critic_and_random_features():
+    critic, features = Critic(8, 3), RandomFeatures()
+    x = torch.rand(2, 1, 32, 32, 32)
+    assert critic(x).shape[:2] == (2, 1)
+    assert torch.equal(RandomFeatures().filters[2], features.filters[2])
+    assert not any(p.requires_grad for p in features.parameters())
+    noise = 0.1 * torch.rand_like(x)
+    blurred = nn.functional.avg_pool3d(x, 3, 1, 1, count_include_pad=False)
+    assert features(x, x).item() == 0
+    assert features(x, x + 0.05).item() < 0.2 * features(x, blurred).item()  # brightness is not its affair, blur is
+    assert 0 < features(x, x + noise).item() < features(x, blurred).item()
+
+
+def test_the_loop_learns(tmp_path):
+    from micro import CONFIG
+
+    from t2ct.train.loop import run
+    from t2ct.train.show.metrics import read_table
+
+    config = replace(CONFIG, steps=400, save_every=0)
+    recipe = MicroRecipe(config)
+    run(recipe, config, tmp_path, torch.device("cpu"), 2, quiet=True)
+    losses = [float(row["loss"]) for row in read_table(tmp_path / "metrics.csv")]
+    assert sum(losses[-20:]) < 0.3 * sum(losses[:20])

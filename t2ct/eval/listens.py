@@ -25,7 +25,7 @@ from t2ct.eval.grid import coarsen
 from t2ct.eval.measure import RULES, frame, measure
 from t2ct.eval.morphology import smooth
 from t2ct.files import check_outputs, write_files
-from t2ct.train.phantom_set import draw_names
+from t2ct.train.data.phantoms import draw_names
 
 PROOF_SEED, PROMPT_SEED = 100_000, 300_000  # training takes seeds below 100000, the thresholds come from 200000 on
 VISIBLE = {

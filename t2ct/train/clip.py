@@ -1,13 +1,32 @@
-"""CLIP3D: symmetric InfoNCE of volumes and reports (reference recipe; AdamW, logit scale clamped to [0, ln 100])."""
+"""CLIP3D: symmetric InfoNCE of volumes and reports, over batches larger than a device holds.
+
+A batch cut into micro-batches has its embeddings computed first, without a gradient; the loss of the whole batch gives
+each embedding's gradient; then each micro-batch is computed again, with the same random numbers, and passes its part
+on (Gao et al. 2021, gradient caching). The result is the gradient of the whole batch.
+"""
+
+from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from t2ct.models import CLIP3D
+from t2ct.text import Tokenizer
+from t2ct.train.config import CLIPTraining
+from t2ct.train.data.order import Draw, Samples, generator
+from t2ct.train.data.source import Item, Source
+from t2ct.train.parts.codebook import SteadyQuantizer
+from t2ct.train.parts.folders import export_folder
+from t2ct.train.recipe import Batch, Recipe, Shown, gather, last_only, ranks
+from t2ct.train.show.figures import recall
+
+LONGEST_SCALE = math.log(100)
 
 
 def info_nce(text: Tensor, volume: Tensor, scale: Tensor) -> Tensor:
@@ -17,20 +36,144 @@ def info_nce(text: Tensor, volume: Tensor, scale: Tensor) -> Tensor:
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def clip_loss(model: CLIP3D, hu: np.ndarray, ids: Tensor, batch: int):
-    """The loss function for `loop.run`. ids: (N, WORDINGS, L) token ids of every wording of every phantom."""
+class Reports:
+    """Prepares a sample: the volume in HU and the token ids of one of its reports, to its own length."""
 
-    def loss_of(generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        with torch.no_grad():
-            model.logit_scale.clamp_(0, math.log(100))
-        index = torch.randperm(len(hu), generator=generator)[:batch]
-        wording = torch.randint(ids.shape[1], (batch,), generator=generator)
-        volume = torch.from_numpy(hu[index.numpy()])[:, None].float()
-        text, image, scale = model(ids[index, wording], volume)
-        hit = ((text @ image.T).argmax(1) == torch.arange(batch)).float().mean()
-        return info_nce(text, image, scale), {"hit": hit.item(), "scale": scale.item()}
+    def __init__(self, source: Source, tokenizer: Tokenizer, config: CLIPTraining):
+        self.entries, self.tokenizer, self.config = source.entries, tokenizer, config
 
-    return loss_of
+    def __call__(self, item: Item, draw: Draw) -> Batch:
+        texts, rng = self.entries[draw[0]].texts, generator(self.config.seed, draw[1])
+        text = texts[int(torch.randint(len(texts), (1,), generator=rng))]
+        ids = self.tokenizer.encode([text], self.config.model.clip.text.max_length)[0]
+        return {"volume": torch.from_numpy(item.hu)[None], "ids": ids}
+
+
+class CLIPRecipe(Recipe):
+    """parts: "clip"."""
+
+    config: CLIPTraining
+    shown = ("hit", "scale")
+    better = 1
+
+    def __init__(
+        self, config: CLIPTraining, model: CLIP3D, tokenizer: Tokenizer | None, source: Source | None,
+        valid: Source | None = None, bad: Path | None = None,
+    ):  # fmt: skip
+        if source is not None and config.batch > len(source):
+            raise ValueError(f"batch: wanted at most the {len(source)} volumes of the data, got {config.batch}")
+        self.config, self.model, self.tokenizer, self.source, self.valid = config, model, tokenizer, source, valid
+        self.bad = bad
+        tower: Any = model.model.vision_model
+        if not isinstance(tower.vq, SteadyQuantizer):
+            tower.vq = SteadyQuantizer(tower.vq, config.codebook_decay, config.dead_share, config.batch)
+        self.quantizer: SteadyQuantizer = tower.vq
+        self.parts: dict[str, nn.Module] = {"clip": model}
+
+    def samples(self) -> Samples:
+        assert self.source is not None and self.tokenizer is not None
+        return Samples(self.source, Reports(self.source, self.tokenizer, self.config), self.config.skip_bad, self.bad)
+
+    @torch.no_grad()
+    def begin(self, step: int) -> None:
+        self.model.logit_scale.clamp_(0, LONGEST_SCALE)
+        self.quantizer.forget()
+
+    def loss(self, part: str, batch: Batch) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Embeddings of a micro-batch, (B, E) each, in float32: the loss wants all of them."""
+        text, volume, _ = self.model(batch["ids"], batch["volume"].float())
+        return text.float(), volume.float()
+
+    def gradients(
+        self, part: str, call: nn.Module, micros: Sequence[Batch], backward: Callable[[Tensor], None], autocast: Any
+    ) -> tuple[Tensor, Shown]:
+        cached = len(micros) > 1 or ranks()[1] > 1
+        if self.quantizer._codebook.initted == 0:
+            self._first_codes(micros, autocast)
+        if cached:
+            with torch.no_grad(), autocast():
+                made = [self.loss(part, batch) for batch in micros]
+        else:
+            with autocast():
+                self.quantizer.counting = True
+                made = [call(part, micros[0])]
+                self.quantizer.counting = False
+        texts, volumes = (torch.cat([pair[i] for pair in made]) for i in (0, 1))
+        own = len(texts)
+        if cached:
+            texts, volumes = texts.requires_grad_(), volumes.requires_grad_()
+        rank, world = ranks()
+        every = [gather(t.detach()) if world > 1 else t for t in (texts, volumes)]
+        if world > 1:  # this rank's rows with their gradient among the others'
+            at = rank * own
+            every = [torch.cat((e[:at], t, e[at + own :])) for e, t in zip(every, (texts, volumes), strict=True)]
+        scale = self.model.logit_scale.exp() if not cached else self.model.logit_scale.detach().exp().requires_grad_()
+        loss = info_nce(every[0], every[1], scale)
+        if cached:
+            gradients = torch.autograd.grad(loss, (texts, volumes, scale))
+            self._pass_on(call, part, micros, gradients, backward, autocast)
+        else:
+            backward(loss)
+        hit = ((every[0] @ every[1].T).argmax(1) == torch.arange(len(every[0]), device=loss.device)).float().mean()
+        return loss.detach().float().cpu(), {"hit": hit.item(), "scale": scale.item()}
+
+    def _pass_on(self, call, part, micros, gradients, backward, autocast) -> None:
+        """Compute every micro-batch again and hand the embeddings' gradients through it."""
+        _, world = ranks()
+        texts, volumes, scale = gradients
+        start = 0
+        self.quantizer.counting = True
+        for i, batch in enumerate(micros):
+            rows = slice(start, start := start + len(batch["ids"]))
+            with last_only(call, i, len(micros)):
+                with autocast():
+                    text, volume = call(part, batch)
+                # Ranks average their gradients; of rows they have a share each, of the scale all of them the whole.
+                through = world * ((text * texts[rows]).sum() + (volume * volumes[rows]).sum())
+                # exp's own derivative; each micro-batch brings its share
+                own = self.model.logit_scale
+                through = through + own * (scale * own.detach().exp()) / len(micros)
+                backward(through)
+        self.quantizer.counting = False
+
+    def _first_codes(self, micros: Sequence[Batch], autocast: Any) -> None:
+        """Codes begin as tokens of the first batch."""
+        self.quantizer.forget()
+        self.quantizer.counting = True
+        with torch.no_grad(), autocast():
+            for batch in micros:
+                self.model.encode_volume(batch["volume"].float())
+        self.quantizer.counting = False
+        self.quantizer.move(0)
+
+    def after(self, step: int) -> None:
+        self.quantizer.move(step + 1)
+
+    def validate(self, weights: nn.Module, folder: Path, step: int) -> dict[str, float]:
+        """R@1, R@5 and R@10 of reports for volumes and of volumes for reports."""
+        if self.valid is None or not len(self.valid) or self.tokenizer is None:
+            return {}
+        device, count = next(weights.parameters()).device, min(len(self.valid), self.config.valid_count)
+        texts, volumes = [], []
+        for i in range(count):
+            ids = self.tokenizer.encode(self.valid.entries[i].texts[:1], self.config.model.clip.text.max_length)
+            texts.append(weights.encode_text(ids.to(device))[:, 0])  # type: ignore[operator]
+            hu = torch.from_numpy(self.valid.read(i).hu)[None, None].to(device)
+            volumes.append(weights.encode_volume(hu.float()))  # type: ignore[operator]
+        found = recall(torch.cat(texts).float(), torch.cat(volumes).float())
+        return {"mean_recall": sum(found.values()) / len(found)} | found
+
+    def export(self, folder: Path, weights: nn.Module) -> None:
+        export_folder(folder, self.config, clip=weights, tokenizer=self.tokenizer)
+
+    def example(self, device: torch.device, batch: int, scale: float) -> Batch:
+        vision, text = self.config.model.clip.vision, self.config.model.clip.text
+        x, _, z = self.config.model.size
+        depth = max(1, round(z * scale / vision.temporal_patch_size)) * vision.temporal_patch_size
+        volume = torch.randint(-1000, 1000, (batch, 1, x, x, depth), dtype=torch.int16)
+        ids = torch.randint(0, text.eot_id, (batch, text.max_length))
+        ids[:, -1] = text.eot_id
+        return {"volume": volume.to(device), "ids": ids.to(device)}
 
 
 @torch.inference_mode()

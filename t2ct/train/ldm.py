@@ -1,27 +1,30 @@
-"""Latent diffusion: rectified flow's velocity, the text dropped for one sample in ten."""
+"""Latent diffusion: rectified flow's velocity, the text dropped for some samples."""
 
-import numpy as np
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from t2ct.diffusion import NUM_TRAIN_TIMESTEPS, add_noise, shift_timestep, velocity
-from t2ct.models import VAE, UNet, hu_to_unit
-from t2ct.train.loop import has_bfloat16
+from t2ct.models import CLIP3D, VAE, UNet
+from t2ct.text import Tokenizer
+from t2ct.train.config import LDMTraining
+from t2ct.train.data.order import Draw, Samples, generator
+from t2ct.train.latents import Latent, LatentSource
+from t2ct.train.parts.folders import export_folder
+from t2ct.train.parts.lora import lora_state, merged
+from t2ct.train.recipe import Batch, Recipe, Shown
 
-TEXT_DROPPED = 0.1
-
-
-@torch.inference_mode()
-def encode_volumes(vae: VAE, hu: np.ndarray, batch: int = 2) -> tuple[Tensor, Tensor]:
-    """(N, X, Y, Z) HU -> mu and sigma, (N, 4, X/4, Y/4, Z/4) float16."""
-    means, sigmas = [], []
-    for start in tqdm(range(0, len(hu), batch), desc="encoding"):
-        with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16()):
-            mu, sigma = vae.encode(hu_to_unit(torch.from_numpy(hu[start : start + batch])[:, None]))
-        means.append(mu.half())
-        sigmas.append(sigma.half())
-    return torch.cat(means).contiguous(), torch.cat(sigmas).contiguous()
+SCALE_LATENTS = 256  # latents that the scale factor is measured on, where there are so many
+FULL = 16  # voxels of a small finding, of a latent voxel's 64, that count as wholly inside
+VALID_NUMBER = 1 << 40  # numbers of validation samples: beyond every number of a run
 
 
 def freeze_dead(unet: UNet) -> None:
@@ -31,36 +34,159 @@ def freeze_dead(unet: UNet) -> None:
             parameter.requires_grad_(False)
 
 
-def ldm_loss(
-    model: nn.Module,
-    mu: Tensor,
-    embeds: Tensor,
-    spacing: tuple[float, float, float],
-    scale: float,
-    batch: int,
-    base_voxels: int,
-):
-    """The loss function for `loop.run`. embeds: (N, WORDINGS, D); scale: 1 / std of the latents; spacing in mm.
+def measure_scale(source: LatentSource, sampled: bool) -> float:
+    """1 / standard deviation of the latents that diffusion will see, over at most 256 of them."""
+    count = min(len(source), SCALE_LATENTS)
+    total = square = number = 0.0
+    for i in range(count):
+        latent = source.read(i * len(source) // count)
+        mu = latent.mu.double()
+        total, number = total + mu.sum().item(), number + mu.numel()
+        square += mu.square().sum().item() + (latent.sigma.double().square().sum().item() if sampled else 0.0)
+    variance = square / number - (total / number) ** 2
+    if not variance > 0:
+        raise ValueError(f"latents: wanted some that differ, got a variance of {variance:g}")
+    return 1 / math.sqrt(variance)
 
-    Times are uniform, then shifted towards noise as sampling shifts them: there the text decides what there will be.
-    The error is squared, where the published recipe takes its absolute value: a flow follows the mean velocity. The
-    median that the absolute error asks for is "no nodule" at every place, since a nodule is nowhere likelier than not.
-    Latents are the means, mu: a channel that the VAE does not use has sigma 1, a target of noise that nothing predicts.
-    """
-    spaced = 100 * torch.tensor(spacing).expand(batch, 3)
-    ct = torch.ones(batch, dtype=torch.long)
 
-    def loss_of(generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        index = torch.randint(len(mu), (batch,), generator=generator)
-        wording = torch.randint(embeds.shape[1], (batch,), generator=generator)
-        x0 = scale * mu[index].float()
-        noise = torch.randn(x0.shape, generator=generator)
-        # one time per stratum of [0, 1]: the same uniform law, less noise in the loss
-        t = (torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator)) / batch
-        t = shift_timestep(t, mu[0, 0].numel(), base_voxels)
-        context = embeds[index, wording][:, None]
-        context = context * (torch.rand(batch, generator=generator) >= TEXT_DROPPED)[:, None, None]
-        v = model(add_noise(x0, noise, t), t * NUM_TRAIN_TIMESTEPS, context, ct, spaced)
-        return (v.float() - velocity(x0, noise)).square().mean(), {}
+class Flows:
+    """Prepares a sample: latent, context, spacing, and all that is drawn for it."""
 
-    return loss_of
+    def __init__(self, config: LDMTraining, contexts: Sequence[Tensor], spacing: tuple[float, float, float]):
+        self.config, self.contexts, self.spacing = config, contexts, torch.tensor(spacing)
+
+    def __call__(self, latent: Latent, draw: Draw) -> Batch:
+        index, number, place = draw
+        c, rng = self.config, generator(self.config.seed, number)
+        texts = self.contexts[index]
+        context = texts[int(torch.randint(len(texts), (1,), generator=rng))][None]
+        kept = torch.rand((), generator=rng) >= c.text_dropped
+        if c.text_noise:
+            noise = torch.randn(context.shape, generator=rng)
+            context = F.normalize(context + c.text_noise * noise / context.shape[-1] ** 0.5, dim=-1)
+        x0 = latent.mu.float()
+        eps = torch.randn(x0.shape, generator=rng)
+        if c.latents == "sampled":
+            x0 = x0 + latent.sigma.float() * eps
+        t = torch.rand((), generator=rng)
+        if c.stratified and number < VALID_NUMBER:
+            strata = torch.randperm(c.batch, generator=generator(c.seed + 1, (number - place) // c.batch))
+            t = (strata[place] + t) / c.batch
+        if c.time == "logit-normal":
+            t = torch.special.ndtri(t.clamp(1e-4, 1 - 1e-4)).sigmoid()
+        made = {
+            "x0": x0,
+            "noise": torch.randn(x0.shape, generator=rng),
+            "t": t,
+            "context": context * kept,
+            "spacing": 100 * (latent.spacing.float() if c.actual_spacing else self.spacing),
+        }
+        if c.small_weight:
+            if latent.small is None:
+                raise ValueError("small_weight: wanted data that know their small findings (phantoms), or 0")
+            made["small"] = latent.small
+        return made
+
+
+class LDMRecipe(Recipe):
+    """parts: "unet"."""
+
+    config: LDMTraining
+    better = -1
+
+    def __init__(
+        self, config: LDMTraining, model: UNet, vae: VAE | None, clip: CLIP3D | None, tokenizer: Tokenizer | None,
+        source: LatentSource | None, valid: LatentSource | None = None,
+    ):  # fmt: skip
+        self.config, self.model, self.vae, self.clip, self.tokenizer = config, model, vae, clip, tokenizer
+        self.source, self.valid = source, valid
+        self.scale = measure_scale(source, config.latents == "sampled") if source else 1.0
+        freeze_dead(model)
+        self.parts: dict[str, nn.Module] = {"unet": model}
+
+    def samples(self) -> Samples:
+        assert self.source is not None
+        flows = Flows(self.config, self._contexts(self.source), self.config.model.spacing)
+        return Samples(self.source, flows)  # type: ignore[arg-type]
+
+    def loss(self, part: str, batch: Batch) -> tuple[Tensor, Shown]:
+        """The error is squared by default, where the published recipe takes its absolute value: a flow follows the mean
+        velocity. The median that the absolute error asks for is "no nodule" at every place, since a nodule is nowhere
+        likelier than not."""
+        c, x0 = self.config, self.scale * batch["x0"]
+        t = batch["t"]
+        if c.shift:
+            t = shift_timestep(t, x0[0, 0].numel(), c.model.base_voxels)
+        label = torch.full((len(x0),), c.model.class_label, dtype=torch.long, device=x0.device)
+        noisy = add_noise(x0, batch["noise"], t)
+        v = self.model(noisy, t * NUM_TRAIN_TIMESTEPS, batch["context"], label, batch["spacing"])
+        error = v.float() - velocity(x0, batch["noise"])
+        error = error.square() if c.loss == "squared" else error.abs()
+        if "small" in batch:
+            error = error * (1 + c.small_weight * (batch["small"].float() / FULL).clamp(max=1))[:, None]
+        return error.mean(), {}
+
+    @torch.no_grad()
+    def _contexts(self, source: LatentSource) -> list[Tensor]:
+        """The context of every report of every entry, (W, D) each."""
+        texts = [text for entry in source.entries for text in entry.texts]
+        made = torch.cat([self._embed(texts[i : i + 64]) for i in range(0, len(texts), 64)]).cpu()
+        return list(made.split([len(entry.texts) for entry in source.entries]))
+
+    def _embed(self, texts: Sequence[str]) -> Tensor:
+        assert self.clip is not None and self.tokenizer is not None
+        device = next(self.clip.parameters()).device
+        ids = self.tokenizer.encode(texts, self.config.model.clip.text.max_length)
+        return self.clip.encode_text(ids.to(device))[:, 0].float()
+
+    def validate(self, weights: nn.Module, folder: Path, step: int) -> dict[str, float]:
+        """The loss on the validation split, its noise and times the same every time."""
+        if self.valid is None or not len(self.valid):
+            return {}
+        flows = Flows(self.config, self._contexts(self.valid), self.config.model.spacing)
+        device, count = next(weights.parameters()).device, min(len(self.valid), self.config.valid_count)
+        losses = []
+        for i in range(count):
+            sample = flows(self.valid.read(i), (i, VALID_NUMBER + i, 0))
+            sample["t"] = torch.tensor((i + 0.5) / count)
+            loss, _ = self.loss("unet", {k: v[None].to(device) for k, v in sample.items()})
+            losses.append(loss.item())
+        return {"loss": sum(losses) / len(losses)}
+
+    def preview(self, weights: nn.Module, folder: Path, step: int) -> None:
+        from t2ct.pipeline import T2CTPipeline
+
+        source = self.valid if self.valid is not None and len(self.valid) else self.source
+        assert source is not None
+        texts = [source.entries[i].texts[0] for i in range(min(len(source), self.config.preview_count))]
+        folder.mkdir(parents=True, exist_ok=True)
+        clip, tokens = self.clip, self.tokenizer
+        pipe = T2CTPipeline(self._pipeline_config(), self.vae, weights, clip, tokens, f"step {step}")  # type: ignore
+        for i, text in enumerate(texts):
+            volume = pipe(text, generator=i, num_inference_steps=self.config.preview_steps, progress=False)
+            volume.preview(folder / f"volume-{step:08d}-{i}.png")
+
+    def _pipeline_config(self) -> Any:
+        return replace(self.config.model, scale_factor=self.scale)
+
+    def export(self, folder: Path, weights: nn.Module) -> None:
+        if self.config.lora:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "lora.safetensors").write_bytes(lora_state(weights))
+        with merged(weights) as unet:
+            export_folder(
+                folder, self.config, vae=self.vae, clip=self.clip, unet=unet, tokenizer=self.tokenizer, scale=self.scale
+            )
+
+    def example(self, device: torch.device, batch: int, scale: float) -> Batch:
+        c, f = self.config.model, self.config.model.unet.factor
+        x, y, z = (n // c.vae.factor for n in c.size)
+        shape = (c.unet.in_channels, x, y, max(1, round(z * scale / f)) * f)
+        made = {
+            "x0": torch.randn(batch, *shape),
+            "noise": torch.randn(batch, *shape),
+            "t": torch.rand(batch),
+            "context": torch.randn(batch, 1, c.unet.cross_attention_dim),
+            "spacing": torch.ones(batch, 3),
+        }
+        return {name: value.to(device) for name, value in made.items()}

@@ -1,108 +1,328 @@
-"""One training loop: Adam, warm-up and cosine decay, an exponential moving average, checkpoints that survive a kill.
+"""The training loop: every recipe goes through `run`.
 
-The random numbers of a step come from (seed, step, rank) alone, so a resumed run sees what an uninterrupted one would.
-Under torchrun, torch's DistributedDataParallel around the model that the loss calls averages the gradients; every rank
-keeps the same weights and the first one writes them.
+An update draws its samples, computes each part's gradient, clips it and steps, unless it is not finite; then the
+average follows. What happens at an update depends on the seed and its number alone, and a checkpoint holds everything
+that the updates before have left, so that a run that goes on ends with the bits of one that was never stopped.
 """
 
-import json
-import math
+from __future__ import annotations
+
+import resource
+import signal
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import cache
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from t2ct.files import write_files
+from t2ct.train.checkpoint import Checkpoints
+from t2ct.train.config import Training
+from t2ct.train.data.order import Micros, Order, loader
+from t2ct.train.data.source import BadVolume
+from t2ct.train.optim import Average, Optimisers, rate_factor
+from t2ct.train.recipe import Batch, Call, Recipe, Shown, ranks, sum_ranks
+from t2ct.train.show.metrics import Metrics
 
-SAVE_EVERY_SECONDS = 120.0
-MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
-
-
-@dataclass(frozen=True)
-class LoopConfig:
-    """What the loop needs to know.
-
-    learning_rate        of AdamW, for every parameter or, with matrix_learning_rate, for vectors and embeddings
-    matrix_learning_rate of Muon (Jordan et al. 2024), for matrices and convolutions; 0: AdamW for all. With one volume
-                         a step a gradient is nearly of rank one (brightness, contrast) and Adam swings along it; an
-                         orthogonalised update learns every direction at once.
-    ema_decay            0 keeps no average
-    """
-
-    steps: int
-    batch_size: int
-    learning_rate: float
-    matrix_learning_rate: float = 0.0
-    warmup: int = 100
-    weight_decay: float = 0.0
-    ema_decay: float = 0.0
-    clip_norm: float = 1.0
-    seed: int = 0
-    autocast: bool = True  # bfloat16 convolutions and matrix products where the processor multiplies them natively
+EXIT_PREEMPTED = 75  # "try again": what the command ends with after SIGTERM or SIGUSR1
 
 
-def rate_factor(step: int, config: LoopConfig) -> float:
-    """Linear warm-up to 1, then a cosine down to 0."""
-    if step < config.warmup:
-        return (step + 1) / config.warmup
-    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+class Preempted(SystemExit):
+    """A signal asked the run to end; everything up to here is saved."""
+
+    def __init__(self, step: int):
+        super().__init__(EXIT_PREEMPTED)
+        self.step = step
+
+
+class Run:
+    """The state of a run between two updates: networks, optimisers, averages, scaler, counters."""
+
+    def __init__(self, recipe: Recipe, config: Training, device: torch.device):
+        self.recipe, self.config, self.device = recipe, config, device
+        self.precision = find_precision(config.precision, device)
+        self.step = self.skipped = self.bad_row = 0
+        self.best: dict[str, float] = {}
+        self.optimisers = {
+            name: Optimisers(part, *recipe.rates(name), config.weight_decay) for name, part in recipe.parts.items()
+        }
+        self.first = next(iter(recipe.parts))
+        self.average = Average(recipe.parts[self.first], config.ema)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
+        # What the scaler divides gradients by the scale of: it wants an optimiser, whichever of them will step.
+        self.handles = {n: torch.optim.SGD(o.live.values(), lr=0.0) for n, o in self.optimisers.items()}
+        self.calls: dict[str, nn.Module] = {}
+        for name, part in recipe.parts.items():
+            call = Call(part, recipe.loss)
+            self.calls[name] = DistributedDataParallel(call, broadcast_buffers=False) if ranks()[1] > 1 else call
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a checkpoint holds."""
+        kept = {f"part.{n}.{k}": v for n, part in self.recipe.parts.items() for k, v in part.state_dict().items()}
+        kept |= {f"optim.{n}.{k}": v for n, o in self.optimisers.items() for k, v in o.state().items()}
+        return kept | {f"ema.{k}": v for k, v in self.average.weights.items()}
+
+    def facts(self) -> dict[str, Any]:
+        """The numbers beside the tensors."""
+        return {
+            "skipped": self.skipped,
+            "bad_row": self.bad_row,
+            "best": self.best,
+            "average_updates": self.average.updates,
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Take over a checkpoint."""
+
+        def under(prefix: str) -> dict[str, Tensor]:
+            return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+
+        for name, part in self.recipe.parts.items():
+            part.load_state_dict(under(f"part.{name}."))
+            self.optimisers[name].restore(under(f"optim.{name}."))
+        for key, value in under("ema.").items():
+            self.average.weights[key].copy_(value)
+        self.step, self.skipped, self.bad_row = facts["step"], facts["skipped"], facts["bad_row"]
+        self.best, self.average.updates = facts["best"], facts["average_updates"]
+        if facts["scaler"]:
+            self.scaler.load_state_dict(facts["scaler"])
+
+    def autocast(self) -> Any:
+        """The context in which losses are computed."""
+        dtype = self.precision if self.precision != torch.float32 else torch.bfloat16
+        return torch.autocast(self.device.type, dtype, enabled=self.precision != torch.float32)
+
+    @contextmanager
+    def averaged(self) -> Iterator[nn.Module]:
+        """The network with its averaged weights, in evaluation mode; afterwards as it was."""
+        model = self.recipe.parts[self.first]
+        live = {k: v.detach().clone() for k, v in model.state_dict().items()} if self.average.decay else {}
+        if live:
+            model.load_state_dict(self.average.weights)
+        model.eval()
+        try:
+            with torch.no_grad():
+                yield model
+        finally:
+            if live:
+                model.load_state_dict(live)
+            model.train()
+
+    def update(self, micros: list[Batch]) -> tuple[Tensor, Tensor, Shown] | None:
+        """One update of every part: (loss, norm, shown) of the first, or None where a gradient was not finite."""
+        told = None
+        self.recipe.begin(self.step)
+        for name, call in self.calls.items():
+            if not self.recipe.active(name, self.step):
+                continue
+            optimiser = self.optimisers[name]
+            optimiser.zero_grad()
+            loss, shown = self.recipe.gradients(name, call, micros, self._backward, self.autocast)
+            if self.scaler.is_enabled():
+                self.scaler.unscale_(self.handles[name])
+            longest = self.config.clip_norm or float("inf")
+            norm = torch.nn.utils.clip_grad_norm_(optimiser.live.values(), longest, foreach=True)
+            finite = torch.isfinite(norm).cpu() & torch.isfinite(loss)
+            bad = (~finite).float()
+            sum_ranks([bad])  # a loss may be infinite on one rank alone; all of them must agree
+            if bad.item():
+                optimiser.zero_grad()
+                if self.scaler.is_enabled():
+                    self.scaler.update()
+                return None
+            optimiser.step(rate_factor(self.step, self.config))
+            told = told or (loss, norm, shown)
+        if self.scaler.is_enabled():
+            self.scaler.update()
+        self.average.update(self.recipe.parts[self.first])
+        self.recipe.after(self.step)
+        return told
+
+    def _backward(self, loss: Tensor) -> None:
+        self.scaler.scale(loss).backward()
 
 
 def run(
-    model: nn.Module,
-    loss_of: Callable[[torch.Generator], tuple[Tensor, dict[str, float]]],
-    config: LoopConfig,
-    checkpoint: Path,
-    name: str,
+    recipe: Recipe, config: Training, folder: Path, device: torch.device, micro: int, quiet: bool = False
 ) -> None:
-    """Train `model` in place to `config.steps`; on return it holds the averaged weights where an average is kept.
+    """Train to `config.steps`, going on from the newest checkpoint in `folder`, and export to folder/final.
 
-    loss_of(generator) draws a batch with the generator and returns the loss and numbers to show. `checkpoint` is a
-    safetensors file, written every two minutes and at the end; where it exists the run goes on from it.
-    A non-finite loss raises RuntimeError with the step: the last checkpoint is then still good.
+    micro: samples held at once on each device; ranks * micro must divide config.batch.
+    Raises RuntimeError after too many updates without a finite gradient, BadVolume, Preempted.
     """
-    live = {k: p for k, p in model.named_parameters() if p.requires_grad}
-    optimiser = Optimisers(model, live, config)
-    average = {k: v.detach().clone() for k, v in model.state_dict().items()} if config.ema_decay else {}
-    start = _resume(model, optimiser, average, checkpoint)
-    saved = time.monotonic()
-    model.train()
     rank, world = ranks()
-    bar = tqdm(
-        range(start, config.steps), initial=start, total=config.steps, desc=name, mininterval=5, disable=rank != 0
+    if config.batch % (micro * world):
+        raise ValueError(f"batch: wanted a multiple of micro x devices = {micro} x {world}, got {config.batch}")
+    folder.mkdir(parents=True, exist_ok=True)
+    state = Run(recipe, config, device)
+    checkpoints = Checkpoints(folder / "checkpoints", config.keep)
+    found = checkpoints.load()
+    if found:
+        state.restore(*found)
+    samples = recipe.samples()
+    micros = Micros(Order(len(samples.source), config.batch, config.seed), micro, state.step, config.steps, rank, world)
+    batches = iter(loader(samples, micros, config.workers, device.type == "cuda"))
+    metrics = Metrics(folder, recipe.shown, state.step, config.tensorboard) if rank == 0 else None
+    for part in recipe.parts.values():
+        part.train()
+    name = type(recipe).__name__
+    bar = tqdm(total=config.steps, initial=state.step, desc=name, mininterval=2, disable=quiet or rank != 0)
+    saved, waited, began = time.monotonic(), 0.0, time.monotonic()
+    with _signals() as asked, bar:
+        while state.step < config.steps:
+            started = time.monotonic()
+            held = [_to(next(batches), device) for _ in range(config.batch // (micro * world))]
+            waited += time.monotonic() - started
+            torch.manual_seed(config.seed * 1_000_003 + state.step)  # for modules that draw on their own
+            told = state.update(held)
+            if told is None:
+                state.skipped += 1
+                state.bad_row += 1
+                if state.bad_row >= config.max_bad_steps:
+                    _give_up(state, held, checkpoints)
+            else:
+                state.bad_row = 0
+            state.step += 1
+            bar.update()
+            last = state.step == config.steps
+            if metrics and (state.step % config.log_every == 0 or last):
+                seconds, began = time.monotonic() - began, time.monotonic()
+                metrics.step(state, told, seconds, waited, bar)
+                waited = 0.0
+            seen = last or (config.valid_every and state.step % config.valid_every == 0)
+            if seen:
+                _look(state, metrics, folder)
+            every = getattr(config, "preview_every", 0)
+            if rank == 0 and hasattr(config, "preview_every") and (last or (every and state.step % every == 0)):
+                with state.averaged() as weights:
+                    recipe.preview(weights, folder / "previews", state.step)
+            stop = _agree(asked)
+            due = config.save_every and state.step % config.save_every == 0
+            due = due or time.monotonic() - saved > 60 * config.save_minutes
+            if rank == 0 and (due or last or seen or stop):
+                best = int(state.best["step"]) if state.best else None
+                checkpoints.save(state.step, state.tensors(), state.facts(), best)
+                saved = time.monotonic()
+            if stop and not last:
+                raise Preempted(state.step)
+    if rank == 0:
+        with state.averaged() as weights:
+            recipe.export(folder / "final", weights)
+    if world > 1:
+        dist.barrier()
+
+
+def _look(state: Run, metrics: Metrics | None, folder: Path) -> None:
+    with state.averaged() as weights:
+        figures = state.recipe.validate(weights, folder / "previews", state.step)
+    if not figures:
+        return
+    score = next(iter(figures.values())) * state.recipe.better
+    if not state.best or score > state.best["score"]:
+        state.best = {"score": score, "step": state.step}
+    if metrics:
+        metrics.valid(state.step, figures)
+
+
+def _to(batch: Batch | BadVolume, device: torch.device) -> Batch:
+    if isinstance(batch, BadVolume):
+        raise BadVolume(f"{batch} (--skip-bad puts the next volume in its place)")
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+
+
+def _give_up(state: Run, micros: list[Batch], checkpoints: Checkpoints) -> None:
+    known = checkpoints.steps()
+    good = f"the last good checkpoint is {checkpoints.path(known[-1])}" if known else "there is no checkpoint yet"
+    raise RuntimeError(
+        f"no finite gradient in {state.bad_row} updates in a row, the last at step {state.step}; "
+        f"the first tensor that is not finite is {first_bad(state, micros)}; {good}"
     )
-    for step in bar:
-        seed = (config.seed * 1_000_003 + step) * world + rank
-        generator = torch.Generator().manual_seed(seed)
-        torch.manual_seed(seed)  # for modules that draw on their own (dead codes)
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.autocast and has_bfloat16()):
-            loss, shown = loss_of(generator)
-        if not torch.isfinite(loss):
-            raise RuntimeError(f"{name}: the loss is {loss.item()} at step {step}; the last checkpoint is {checkpoint}")
-        model.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(live.values(), config.clip_norm)
-        optimiser.step(rate_factor(step, config))
-        if average:
-            _update(average, model, min(config.ema_decay, (step + 1) / (step + 10)))
-        bar.set_postfix(loss=f"{loss.item():.4f}", norm=f"{norm:.2f}", **{k: f"{v:.4g}" for k, v in shown.items()})
-        if rank == 0 and time.monotonic() - saved > SAVE_EVERY_SECONDS:
-            _save(model, optimiser, average, checkpoint, step + 1, config)
-            saved = time.monotonic()
-    if start < config.steps and rank == 0:
-        _save(model, optimiser, average, checkpoint, config.steps, config)
-    if average:
-        model.load_state_dict(average)
-    model.eval()
+
+
+def first_bad(state: Run, micros: list[Batch]) -> str:
+    """The name of the first tensor with NaN or infinity: of the batch, weights, modules' outputs, gradients."""
+    for i, batch in enumerate(micros):
+        for name, value in batch.items():
+            if not _finite(value):
+                return f"{name} of the batch (micro-batch {i})"
+    for part, network in state.recipe.parts.items():
+        for name, value in network.state_dict().items():
+            if not _finite(value):
+                return f"weight {part}.{name}"
+    for part, call in state.calls.items():
+        if not state.recipe.active(part, state.step):
+            continue
+        found: list[str] = []
+        leaves = [(name, m) for name, m in state.recipe.parts[part].named_modules() if not list(m.children())]
+        handles = [m.register_forward_hook(partial(_note_output, name, found)) for name, m in leaves]
+        state.optimisers[part].zero_grad()
+        loss, _ = state.recipe.gradients(part, call, micros, state._backward, state.autocast)
+        for handle in handles:
+            handle.remove()
+        if found:
+            return f"the output of {part}.{found[0]}"
+        if not _finite(loss):
+            return f"the loss of {part}"
+        for name, parameter in state.optimisers[part].live.items():
+            if parameter.grad is not None and not _finite(parameter.grad):
+                return f"the gradient of {part}.{name}"
+    return "none that could be found again"
+
+
+def _note_output(name: str, found: list[str], module: nn.Module, inputs: Any, output: Any) -> None:
+    outputs = output if isinstance(output, tuple) else (output,)
+    if not all(_finite(o) for o in outputs if isinstance(o, Tensor)):
+        found.append(name)
+
+
+def _finite(x: Tensor) -> bool:
+    return not x.is_floating_point() or bool(torch.isfinite(x).all())
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """A list that SIGTERM and SIGUSR1 append themselves to; outside the main thread nobody can listen."""
+    got: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield got
+        return
+    known = (signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.signal(number, lambda n, _: got.append(n)) for number in known]
+    try:
+        yield got
+    finally:
+        for number, handler in zip(known, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _agree(asked: list[int]) -> bool:
+    """Has a signal come to any rank? All of them stop at the same step."""
+    flag = torch.tensor(float(bool(asked)))
+    sum_ranks([flag])
+    return bool(flag)
+
+
+def memory_used(device: torch.device) -> float:
+    """The most memory that was in use, in GB: of the device, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def find_precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of convolutions and matrix products; "auto": bfloat16 where it is native, else float32."""
+    if name == "auto":
+        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else has_bfloat16()
+        return torch.bfloat16 if native else torch.float32
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}[name]
 
 
 @cache
@@ -110,87 +330,3 @@ def has_bfloat16() -> bool:
     """Does this processor have bfloat16 products? Emulated ones would be slower than float32."""
     known: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 has no such function
     return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
-
-
-def ranks() -> tuple[int, int]:
-    """(rank, world size); (0, 1) outside torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-
-
-@torch.no_grad()
-def _update(average: dict[str, Tensor], model: nn.Module, decay: float) -> None:
-    for key, value in model.state_dict().items():
-        if value.is_floating_point():
-            average[key].lerp_(value, 1 - decay)
-        else:
-            average[key].copy_(value)
-
-
-class Optimisers:
-    """AdamW, and Muon for the matrices where the configuration asks for it, with one state to save and restore."""
-
-    def __init__(self, model: nn.Module, live: dict[str, nn.Parameter], config: LoopConfig):
-        embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-        by_muon = {
-            k: p for k, p in live.items() if config.matrix_learning_rate and p.ndim > 1 and id(p) not in embeddings
-        }
-        rest = {k: p for k, p in live.items() if k not in by_muon}
-        self.live = live
-        # Muon takes matrices: a convolution's weight (out, in, 3, 3, 3) is shown to it as (out, in * 27), a view.
-        self.matrices = {k: nn.Parameter(p.detach().view(len(p), -1)) for k, p in by_muon.items()}
-        decay = config.weight_decay
-        self.rates = {"adam": config.learning_rate, "muon": config.matrix_learning_rate}
-        self.optimisers: dict[str, torch.optim.Optimizer] = {
-            "adam": torch.optim.AdamW(rest.values(), lr=config.learning_rate, weight_decay=decay, fused=True)
-        }
-        if self.matrices:
-            self.optimisers["muon"] = torch.optim.Muon(
-                self.matrices.values(), lr=config.matrix_learning_rate, weight_decay=decay
-            )
-        self.owners = {k: ("adam", p) for k, p in rest.items()} | {k: ("muon", p) for k, p in self.matrices.items()}
-
-    def step(self, factor: float) -> None:
-        """One step at `factor` times the learning rates."""
-        for key, matrix in self.matrices.items():
-            gradient = self.live[key].grad
-            matrix.grad = None if gradient is None else gradient.reshape(matrix.shape)
-        for name, optimiser in self.optimisers.items():
-            for group in optimiser.param_groups:
-                group["lr"] = factor * self.rates[name]
-            optimiser.step()
-
-    def state(self) -> dict[str, Tensor]:
-        """The moments of every parameter, as "muon.key.momentum_buffer"."""
-        return {
-            f"{name}.{key}.{moment}": value
-            for key, (name, parameter) in self.owners.items()
-            for moment, value in self.optimisers[name].state.get(parameter, {}).items()
-            if moment in MOMENTS
-        }
-
-    def restore(self, state: dict[str, Tensor], step: int) -> None:
-        for key, (name, parameter) in self.owners.items():
-            moments = {m: state[f"{name}.{key}.{m}"].clone() for m in MOMENTS if f"{name}.{key}.{m}" in state}
-            if moments:
-                self.optimisers[name].state[parameter] = {"step": torch.tensor(float(step)), **moments}
-
-
-def _save(model, optimiser, average, path, step, config) -> None:
-    tensors = {f"model.{k}": v for k, v in model.state_dict().items()} | {f"ema.{k}": v for k, v in average.items()}
-    tensors |= optimiser.state()
-    metadata = {"step": str(step), "config": json.dumps(asdict(config))}
-    write_files({path: save({k: v.detach().contiguous() for k, v in tensors.items()}, metadata)})
-
-
-def _resume(model, optimiser, average, path: Path) -> int:
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return 0
-    with safe_open(path, "pt") as f:
-        step = int(f.metadata()["step"])
-        tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118  safe_open has no iteration
-    model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
-    for key in average:
-        average[key].copy_(tensors[f"ema.{key}"])
-    optimiser.restore(tensors, step)
-    return step

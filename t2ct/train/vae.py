@@ -1,21 +1,26 @@
-"""The VAE: L1 + KL of the reference recipe (MAISI), and in place of its perceptual and adversarial terms three that
-need no other network: L1 of the edges, squares, and L1 in the mediastinal window.
-"""
+"""The VAE: L1 + KL, perceptual distance and a critic as MAISI, or terms that need no other network."""
 
-import numpy as np
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from t2ct.files import write_files
 from t2ct.models import VAE, hu_to_unit
 from t2ct.models.layers import channels_last
+from t2ct.train.config import VAETraining
+from t2ct.train.data.augment import augment, cut
+from t2ct.train.data.order import Draw, Samples, generator
+from t2ct.train.data.source import Item, Source
+from t2ct.train.parts.critic import Critic, RandomFeatures
+from t2ct.train.parts.folders import export_folder
+from t2ct.train.recipe import Batch, Recipe, Shown
+from t2ct.train.show.figures import picture_pairs, reconstruction
 
-# Of the KL a voxel; at ten times this half the channels of a VAE this small collapse.
-KL_WEIGHT = 1.5e-3
-EDGE_WEIGHT = 1.0
-OFFSET_WEIGHT = 0.2
-SQUARE_WEIGHT = 5.0  # small bright things (calcifications, nodules) are few voxels: L1 alone, a median, drops them
-WINDOW_WEIGHT = 0.05
-WINDOW = hu_to_unit(torch.tensor([-160.0, 240.0])).tolist()  # fluid and muscle lie 40 HU apart: 2 % of the whole range
+WINDOW = hu_to_unit(torch.tensor([-160.0, 240.0])).tolist()
 
 
 def kl_divergence(mu: Tensor, sigma: Tensor) -> Tensor:
@@ -35,33 +40,149 @@ def window_loss(x: Tensor, y: Tensor) -> Tensor:
     return (x.clamp(low, high) - y.clamp(low, high)).abs().mean() / (high - low)
 
 
-def draw_patches(hu: np.ndarray, batch: int, patch: tuple[int, int, int], generator: torch.Generator) -> Tensor:
-    """(batch, 1, *patch) in [0, 1]: random volumes, random corners."""
-    indices = torch.randint(len(hu), (batch,), generator=generator).tolist()
-    corners = [
-        torch.randint(n - p + 1, (batch,), generator=generator).tolist()
-        for n, p in zip(hu.shape[1:], patch, strict=True)
-    ]
-    cut = [
-        hu[(i, *(slice(c[k], c[k] + p) for c, p in zip(corners, patch, strict=True)))] for k, i in enumerate(indices)
-    ]
-    return hu_to_unit(torch.from_numpy(np.stack(cut))[:, None])
+class Patches:
+    """Prepares a sample: a patch of a volume in [0, 1], its augmentation, and the noise of its latent."""
+
+    def __init__(self, config: VAETraining):
+        self.config, self.factor = config, config.model.vae.factor
+        self.channels = config.model.vae.latent_channels
+
+    def patch_at(self, number: int) -> tuple[int, int, int]:
+        """The size of sample `number`'s patch."""
+        share = number / (self.config.batch * self.config.steps)
+        at = max(i for i, start in enumerate(self.config.patch_from) if start <= share or i == 0)
+        return self.config.patches[at]
+
+    def __call__(self, item: Item, draw: Draw) -> Batch:
+        rng = generator(self.config.seed, draw[1])
+        size = self.patch_at(draw[1] - draw[2])  # of its batch: all patches of one are alike
+        x = hu_to_unit(torch.from_numpy(cut(item.hu, size, rng))[None])
+        if self.config.augment:
+            x = augment(x, rng)
+        noise = torch.randn((self.channels, *(n // self.factor for n in size)), generator=rng)
+        return {"x": x, "noise": noise}
 
 
-def vae_loss(model: VAE, hu: np.ndarray, batch: int, patch: tuple[int, int, int]):
-    """The loss function for `loop.run`."""
+class VAERecipe(Recipe):
+    """parts: "vae", and "critic" where it has a weight."""
 
-    def loss_of(generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        x = channels_last(draw_patches(hu, batch, patch, generator))
-        y, mu, sigma = (t.float() for t in model(x, generator))  # under autocast they come in bfloat16
-        # The common offset apart, and lightly: with one volume a step it would be most of every gradient, now this
-        # way, now that, and drown what is to be learnt.
-        offset = (y - x).mean()
-        y = y - offset
-        l1, kl = (x - y).abs().mean(), kl_divergence(mu, sigma) / x[0].numel()
-        loss = l1 + EDGE_WEIGHT * edge_loss(x, y) + SQUARE_WEIGHT * (x - y).square().mean()
-        loss = loss + WINDOW_WEIGHT * window_loss(x, y) + OFFSET_WEIGHT * offset.abs() + KL_WEIGHT * kl
-        shown = {"l1_hu": l1.item(), "offset_hu": offset.item()}
-        return loss, {k: 2000 * v for k, v in shown.items()} | {"sigma": sigma.mean().item(), "std": mu.std().item()}
+    config: VAETraining
+    better = -1
 
-    return loss_of
+    def __init__(
+        self, config: VAETraining, model: VAE, source: Source | None, valid: Source | None = None,
+        bad: Path | None = None, perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ):  # fmt: skip
+        check_patches(config)
+        self.config, self.model, self.source, self.valid, self.bad = config, model, source, valid, bad
+        self.parts: dict[str, nn.Module] = {"vae": model}
+        self.perceptual = perceptual
+        if perceptual is None and config.perceptual == "random" and config.perceptual_weight:
+            self.perceptual = RandomFeatures()
+        if isinstance(self.perceptual, nn.Module):
+            self.perceptual.to(next(model.parameters()).device)
+        self.critic: Critic | None = None
+        self.judged = False
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+        if config.adversarial_weight:
+            self.critic = Critic(config.critic_channels, config.critic_layers)
+            self.parts["critic"] = self.critic.to(next(model.parameters()).device)
+        self.shown = ("l1_hu", "kl", "sigma", "offset_hu", "perceptual", "fooled")
+
+    def samples(self) -> Samples:
+        assert self.source is not None
+        return Samples(self.source, Patches(self.config), self.config.skip_bad, self.bad)
+
+    def rates(self, part: str) -> tuple[float, float]:
+        return (self.config.critic_learning_rate, 0.0) if part == "critic" else super().rates(part)
+
+    def begin(self, step: int) -> None:
+        self.judged = step >= self.config.critic_from * self.config.steps
+        self.pairs = []
+
+    def loss(self, part: str, batch: Batch) -> tuple[Tensor, Shown]:
+        return self._critic_loss() if part == "critic" else self._vae_loss(batch)
+
+    def _vae_loss(self, batch: Batch) -> tuple[Tensor, Shown]:
+        c, x = self.config, channels_last(batch["x"])
+        mu, sigma = self.model.encode(x)
+        y = self.model.decode(mu + sigma * batch["noise"].to(mu.dtype))
+        y, mu, sigma = y.float(), mu.float(), sigma.float()
+        offset = (y - x).mean((1, 2, 3, 4), keepdim=True)
+        raw, loss = y, torch.zeros((), device=x.device)
+        if c.offset_weight < 1:
+            # With one volume a step the common offset would be most of every gradient, now this way, now that, and
+            # drown what is to be learnt.
+            y, loss = y - offset, c.offset_weight * offset.abs().mean()
+        l1, kl = (x - y).abs().mean(), kl_divergence(mu, sigma)
+        loss = loss + l1 + c.kl_weight * kl / (x[0].numel() if c.kl_per_voxel else 1)
+        if c.edge_weight:
+            loss = loss + c.edge_weight * edge_loss(x, y)
+        if c.square_weight:
+            loss = loss + c.square_weight * (x - y).square().mean()
+        if c.window_weight:
+            loss = loss + c.window_weight * window_loss(x, y)
+        shown = {
+            "l1_hu": 2000 * l1.item(),
+            "kl": kl.item() / mu[0].numel(),
+            "sigma": sigma.mean().item(),
+            "offset_hu": 2000 * offset.mean().item(),
+        }
+        if self.perceptual is not None:
+            distance = self.perceptual(x, raw)
+            loss = loss + c.perceptual_weight * distance
+            shown["perceptual"] = distance.item()
+        if self.critic is not None:
+            self.pairs.append((x, raw.detach()))
+            if self.judged:
+                self.critic.requires_grad_(False)
+                opinion = self.critic(raw).float()
+                self.critic.requires_grad_(True)
+                loss = loss + c.adversarial_weight * (opinion - 1).square().mean()
+                shown["fooled"] = opinion.mean().item()
+        return loss, shown
+
+    def _critic_loss(self) -> tuple[Tensor, Shown]:
+        """LSGAN: real patches towards 1, reconstructions towards 0. The critic warms up before it counts."""
+        assert self.critic is not None
+        x, y = self.pairs.pop(0)
+        real, fake = self.critic(x).float(), self.critic(y).float()
+        return ((real - 1).square().mean() + fake.square().mean()) / 2, {}
+
+    def validate(self, weights: nn.Module, folder: Path, step: int) -> dict[str, float]:
+        if self.valid is None or not len(self.valid):
+            return {}
+        device = next(weights.parameters()).device
+        size = max(self.config.patches, key=lambda p: p[0] * p[1] * p[2])
+        pairs = []
+        for i in range(min(len(self.valid), self.config.valid_count)):
+            hu = cut(self.valid.read(i).hu, size, None)
+            x = channels_last(hu_to_unit(torch.from_numpy(hu)[None, None]).to(device))
+            mu, _ = weights.encode(x)  # type: ignore[operator]
+            pairs.append((x, weights.decode(mu).float()))  # type: ignore[operator]
+        folder.mkdir(parents=True, exist_ok=True)
+        write_files({folder / f"reconstructions-{step:08d}.png": picture_pairs(pairs[:4])})
+        return reconstruction(pairs)
+
+    def export(self, folder: Path, weights: nn.Module) -> None:
+        export_folder(folder, self.config, vae=weights)
+
+    def example(self, device: torch.device, batch: int, scale: float) -> Batch:
+        f, z = self.config.model.vae.factor, self.config.model.vae.latent_channels
+        x, y, depth = max(self.config.patches, key=lambda p: p[0] * p[1] * p[2])
+        depth = max(f, round(depth * scale / f) * f)
+        shape = (x // f, y // f, depth // f)
+        made = {"x": torch.rand(batch, 1, x, y, depth), "noise": torch.randn(batch, z, *shape)}
+        return {name: value.to(device) for name, value in made.items()}
+
+
+def check_patches(config: VAETraining) -> None:
+    """ValueError unless the patches fit the volumes and the VAE."""
+    f, size = config.model.vae.factor, config.model.size
+    for patch in config.patches:
+        wrong = len(patch) != 3 or any(n % f or n < f or n > m for n, m in zip(patch, size, strict=True))
+        if wrong:
+            raise ValueError(f"patches: wanted three multiples of {f} within {size}, got {patch}")
+    starts = config.patch_from
+    if len(starts) != len(config.patches) or list(starts) != sorted(starts) or starts[0] != 0:
+        raise ValueError(f"patch_from: wanted {len(config.patches)} rising shares from 0, got {starts}")

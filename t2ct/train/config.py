@@ -1,0 +1,237 @@
+"""What a training run is told: one frozen dataclass for each network, from TOML and from the command line.
+
+The same fields everywhere: `--config run.toml`, `--set learning_rate=3e-4`, `train("vae", learning_rate=3e-4)`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from t2ct.config import PipelineConfig
+
+C = TypeVar("C")
+PRECISIONS = ("auto", "bf16", "fp16", "float32")
+SCHEDULES = ("cosine", "polynomial", "constant")
+
+
+def key(default: Any, meaning: str, *, free: bool = False, choices: tuple[Any, ...] = ()) -> Any:
+    """A field with the comment that --init writes; free: a run that goes on may have another value."""
+    return field(default=default, metadata={"help": meaning, "free": free, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Training:
+    """What every recipe has."""
+
+    steps: int = key(1000, "updates of the weights")
+    seed: int = key(0, "the same seed, data and machine give the same weights")
+    batch: int = key(8, "samples in an update, over all devices")
+    micro: int = key(0, "samples that a device holds at once; 0: its whole share, or what --memory allows")
+    memory: str = key("", 'what a device may use, such as "24GB"; empty: no plan is made', free=True)
+    checkpoint_blocks: bool = key(False, "compute the insides of blocks again for the gradient instead of keeping them")
+    learning_rate: float = key(1e-4, "of Adam: of every parameter, or, beside Muon, of vectors and embeddings")
+    matrix_learning_rate: float = key(0.0, "of Muon, for matrices and convolutions; 0: Adam for all")
+    weight_decay: float = key(0.0, "decoupled, as in AdamW")
+    schedule: str = key("cosine", "of the learning rate after the warm-up", choices=SCHEDULES)
+    power: float = key(2.0, "of the polynomial schedule")
+    warmup: float = key(0.0, "steps of linear warm-up, or their share of all steps where it is below 1")
+    clip_norm: float = key(1.0, "longest gradient; 0: no clipping")
+    ema: float = key(0.0, "decay of the float32 average of the weights, which is what is used in the end; 0: none")
+    precision: str = key("auto", "auto: bf16 where the device multiplies it natively", choices=PRECISIONS)
+    max_bad_steps: int = key(10, "steps in a row without a finite gradient before the run stops")
+    start: str = key("", "weights to begin with: a safetensors file, or the folder of a run or a model")
+    export: str = key("float32", "dtype of the weights in RUN/final", choices=("float32", "float16", "bfloat16"))
+    actual_spacing: bool = key(False, "tell the network the voxel size after fitting, not the model's nominal one")
+    skip_bad: bool = key(False, "put the next volume in the place of one that cannot be read", free=True)
+    cache_gb: float = key(16.0, "keep prepared volumes on disk if all of them fit; 0: never", free=True)
+    workers: int = key(0, "processes that read volumes ahead", free=True)
+    log_every: int = key(10, "steps between rows of metrics.csv", free=True)
+    valid_every: int = key(0, "steps between validations; 0: at the end only")
+    valid_count: int = key(16, "volumes of the validation split that are looked at")
+    save_every: int = key(0, "steps between checkpoints; 0: by time alone", free=True)
+    save_minutes: float = key(5.0, "minutes between checkpoints", free=True)
+    keep: int = key(2, "newest checkpoints kept, besides the best", free=True)
+    tensorboard: bool = key(False, "also write TensorBoard's files (needs the package tensorboard)", free=True)
+    model: PipelineConfig = field(default_factory=PipelineConfig)
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            choices = f.metadata.get("choices", ())
+            if choices and getattr(self, f.name) not in choices:
+                raise ValueError(f"{f.name}: wanted one of {', '.join(choices)}, got {getattr(self, f.name)!r}")
+        for name in ("steps", "batch", "max_bad_steps", "log_every", "keep", "valid_count"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: wanted an integer of at least 1, got {getattr(self, name)}")
+        for name in ("micro", "seed", "warmup", "clip_norm", "weight_decay", "workers", "valid_every", "save_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: wanted 0 or more, got {getattr(self, name)}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema: wanted a decay from 0 up to 1, got {self.ema}")
+
+
+@dataclass(frozen=True)
+class VAETraining(Training):
+    """L1 + KL + perceptual + adversarial, as MAISI, or the terms that need no other network."""
+
+    patches: tuple[tuple[int, int, int], ...] = key(((64, 64, 64), (128, 128, 128)), "voxels, one size after another")
+    patch_from: tuple[float, ...] = key((0.0, 0.8), "share of the steps after which each size begins")
+    augment: bool = key(True, "flips, quarter turns, zoom, rotation, brightness and contrast")
+    kl_weight: float = key(1e-7, "of the KL divergence, summed over a sample")
+    kl_per_voxel: bool = key(False, "divide the KL by the voxels of the patch")
+    perceptual: str = key("random", "random: features of fixed random convolutions", choices=("random", "none"))
+    perceptual_weight: float = key(0.3, "of the perceptual distance")
+    adversarial_weight: float = key(0.1, "of the critic's judgement (LSGAN); 0: no critic")
+    critic_from: float = key(0.1, "share of the steps before the critic's judgement counts")
+    critic_learning_rate: float = key(1e-4, "of the critic's Adam")
+    critic_channels: int = key(32, "of the critic's first layer")
+    critic_layers: int = key(3, "of the critic that halve the volume")
+    edge_weight: float = key(0.0, "of the L1 of differences between neighbouring voxels")
+    square_weight: float = key(0.0, "of the squared error: small bright things are few voxels, and L1 is a median")
+    window_weight: float = key(0.0, "of the L1 in the mediastinal window, as a share of its width")
+    offset_weight: float = key(1.0, "of the common offset of a sample; below 1 it is taken out of the other terms")
+    log_variance_start: float = key(0.0, "bias with which the log variance of the latents begins")
+
+
+@dataclass(frozen=True)
+class CLIPTraining(Training):
+    """Symmetric InfoNCE of volumes and reports; `micro` below `batch` caches gradients, the result is the same."""
+
+    tokenizer: str = key("", "a tokenizer.json; empty: that of `start`, or one is learnt from the reports")
+    codebook_decay: float = key(0.8, "of the quantiser's codes, which follow the tokens")
+    dead_share: float = key(0.03, "of an even share of the tokens, under which a code is given a new place")
+
+
+@dataclass(frozen=True)
+class LDMTraining(Training):
+    """Rectified flow's velocity on latents, the text dropped for some samples."""
+
+    vae: str = key("", "a VAE's run, model folder or safetensors; empty: the preset tiny or embedded trains its own")
+    clip: str = key("", "a CLIP3D's run or model folder; empty: the preset tiny or embedded trains its own")
+    loss: str = key("squared", "of the velocity's error", choices=("squared", "absolute"))
+    time: str = key("uniform", "law of the times before the shift", choices=("uniform", "logit-normal"))
+    shift: bool = key(True, "shift times towards noise as sampling does")
+    stratified: bool = key(True, "one time in each stratum of a batch: the same law, less noise in the loss")
+    latents: str = key("sampled", "sampled: mu + sigma * fresh noise", choices=("sampled", "means"))
+    text_dropped: float = key(0.1, "share of samples that see no text")
+    text_noise: float = key(0.0, "length of the noise added to a text's unit vector")
+    small_weight: float = key(0.0, "further weight of latent voxels a quarter full of a small finding")
+    lora: int = key(0, "rank of low-rank adapters that alone are trained; 0: all weights")
+    preview_every: int = key(0, "steps between volumes of fixed prompts; 0: at the end only")
+    preview_count: int = key(2, "prompts of the validation split that are drawn")
+    preview_steps: int = key(30, "sampling steps of a preview")
+
+
+KINDS: dict[str, type[Training]] = {"clip": CLIPTraining, "vae": VAETraining, "ldm": LDMTraining}
+
+
+def updated(config: C, values: Mapping[str, Any], where: str = "config") -> C:
+    """`config` with `values`, nested as in TOML. ValueError names an unknown key's nearest, or what a value must be."""
+    hints, known = get_type_hints(type(config)), {f.name for f in fields(config)}  # type: ignore[arg-type]
+    changes: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known), 1, cutoff=0.0)[0]
+            raise ValueError(f"{where}: unknown key {name!r}; the nearest is {near!r}")
+        old, place = getattr(config, name), f"{where}.{name}"
+        if is_dataclass(old):
+            if not isinstance(value, Mapping):
+                raise ValueError(f"{place}: wanted a table, got {value!r}")
+            changes[name] = updated(old, value, place)
+        else:
+            changes[name] = _fitting(value, hints[name], place)
+    try:
+        return replace(config, **changes)  # type: ignore[type-var]
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{where}: {error}") from None
+
+
+def _fitting(value: Any, kind: Any, place: str) -> Any:
+    if isinstance(value, (list, tuple)):
+        return _deep_tuple(value) if "tuple" in str(kind) else _refuse(value, kind, place)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    return value if type(value) is kind else _refuse(value, kind, place)
+
+
+def _deep_tuple(value: Any) -> Any:
+    return tuple(_deep_tuple(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+def _refuse(value: Any, kind: Any, place: str) -> Any:
+    names = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
+    raise ValueError(f"{place}: wanted {names.get(kind, 'a list')}, got {value!r}")
+
+
+def read_toml(text: str, where: str = "config") -> dict[str, Any]:
+    """TOML as a dict; ValueError where it is none."""
+    try:
+        import tomllib
+    except ImportError:  # Python 3.10
+        try:
+            import tomli as tomllib  # type: ignore[no-redef,import-not-found]
+        except ImportError:
+            raise ValueError(f"{where}: TOML needs Python 3.11, or the package tomli on 3.10") from None
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{where}: wanted TOML, got {error}") from None
+
+
+def read_override(word: str) -> dict[str, Any]:
+    """`learning_rate=3e-4` or `model.vae.channels=[8, 16]` as nested dicts; a bare word is a text."""
+    name, equals, value = word.partition("=")
+    if not equals or not name.strip():
+        raise ValueError(f"--set: wanted KEY=VALUE, got {word!r}")
+    try:
+        parsed: Any = read_toml(f"value = {value}")["value"]
+    except ValueError:
+        parsed = value.strip()
+    for part in reversed(name.strip().split(".")):
+        parsed = {part: parsed}
+    return parsed
+
+
+def to_toml(config: Any, table: str = "", comments: bool = False) -> str:
+    """The config as TOML that `updated` reads back; comments: what each key means."""
+    lines, tables = [], []
+    for f in fields(config):
+        value, name = getattr(config, f.name), f"{table}.{f.name}".lstrip(".")
+        if is_dataclass(value):
+            tables.append(f"\n[{name}]\n{to_toml(value, name, comments)}")
+            continue
+        note = f.metadata.get("help", "")
+        if f.metadata.get("choices"):
+            note += f" ({' | '.join(f.metadata['choices'])})"
+        lines.append(f"{f.name} = {_toml(value)}" + (f"  # {note}" if comments and note else ""))
+    return "\n".join(lines) + "\n" + "".join(tables)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, float) and value == int(value) and abs(value) < 1e15:
+        return f"{value:.1f}"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def differences(old: Mapping[str, Any], new: Training) -> list[str]:
+    """What a run that goes on would have changed: "learning_rate: the run has 0.001, got 0.01"."""
+    other = updated(type(new)(), old)
+    return [
+        f"{f.name}: the run has {getattr(other, f.name)!r}, got {getattr(new, f.name)!r}"
+        for f in fields(new)
+        if not f.metadata.get("free") and getattr(other, f.name) != getattr(new, f.name)
+    ]
+
+
+def load_config(path: str | Path, config: C) -> C:
+    """`config` with what the TOML file at `path` says."""
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"config: wanted a TOML file, got {str(path)!r}, which is not there")
+    return updated(config, read_toml(file.read_text(encoding="utf-8"), str(path)), str(path))

@@ -1,0 +1,81 @@
+"""Phantoms on the fly: `phantoms:N` is N patients to train on and a few others to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from t2ct.data.phantoms import FINDINGS, describe, phantom
+from t2ct.data.phantoms.organs import ORGAN
+from t2ct.train.data.source import HU_LIMIT, Entry, Item
+
+WORDINGS = 4  # reports written of each phantom
+# How many findings a training phantom has. More, and more even, than a hospital's: rare findings would be learnt last.
+SHARE_BY_COUNT = (0.12, 0.36, 0.34, 0.18)
+VALID_SEED = 500_000_000  # beyond every seed that is trained on, or measured by t2ct.eval
+CELL = 4  # voxels of a latent voxel along an axis
+# Findings so small that the mean of a volume's error hardly sees them.
+SMALL = ("pericardial effusion", "consolidation", "lung nodule", "atelectasis", "arterial wall calcification")
+
+
+def draw_names(seed: int) -> list[str]:
+    """The findings of training phantom `seed`; pleural effusion counts double, its side being the hardest to learn."""
+    rng = np.random.default_rng([seed, 2025])
+    names = [*FINDINGS, "pleural effusion"]
+    chosen = rng.choice(names, size=rng.choice(len(SHARE_BY_COUNT), p=SHARE_BY_COUNT), replace=False)
+    return sorted(set(chosen.tolist()))
+
+
+def small_findings(mask: np.ndarray) -> np.ndarray:
+    """mask (X, Y, Z) -> (X/4, Y/4, Z/4) uint8: how many of the 64 voxels of a latent voxel are of a small finding."""
+    inside = np.isin(mask, [ORGAN[name] for name in SMALL])
+    x, y, z = (n // CELL for n in inside.shape)
+    return inside.reshape(x, CELL, y, CELL, z, CELL).sum((1, 3, 5), dtype=np.uint8)
+
+
+class PhantomSource:
+    """`count` phantoms: seeds 0 to count - 1 to train on; for validation an eighth as many (4 to 64) other seeds."""
+
+    def __init__(self, count: int, split: str, size: tuple[int, int, int]):
+        first, n = (0, count) if split == "train" else (VALID_SEED, min(64, max(4, count // 8)))
+        self.size, self.seeds = size, range(first, first + n)
+        self.entries: Sequence[Entry] = _Entries(self.seeds)
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def read(self, index: int) -> Item:
+        seed = self.seeds[index]
+        made = phantom(seed, draw_names(seed), self.size)
+        spacing = tuple(float(mm) for mm in np.abs(np.diag(made.affine)[:3]))
+        hu = np.clip(made.hu, -HU_LIMIT, HU_LIMIT)
+        return Item(hu, spacing, small_findings(made.mask))  # type: ignore[arg-type]
+
+
+class _Entries(Sequence):
+    """Reports written when they are asked for, and kept."""
+
+    def __init__(self, seeds: range):
+        self.seeds, self.known = seeds, dict[int, Entry]()
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        seed = self.seeds[index]
+        if seed not in self.known:
+            self.known[seed] = _entry(seed)
+        return self.known[seed]
+
+
+def _entry(seed: int) -> Entry:
+    from t2ct.data.phantoms.phantom import Phantom
+
+    names = draw_names(seed)
+    told = describe(seed, names)
+    nothing = np.zeros((0, 0, 0), np.int16)
+    words = Phantom(seed, nothing, np.eye(4), told.report, told.prompt, told.labels, told.present, nothing)
+    return Entry(f"phantom {seed}", tuple(words.wordings(WORDINGS)), tuple(int(v) for v in told.labels))

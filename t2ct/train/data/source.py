@@ -1,0 +1,124 @@
+"""A set of volumes with their reports, read one by one, brought to one size, kept on disk once read."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from t2ct.files import write_files
+
+HU_LIMIT = 1000  # the networks see HU clipped to +-1000
+
+
+class BadVolume(ValueError):
+    """A volume that cannot be used, with its name."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is known of a volume before it is read: name, reports that say the same, labels (18,) or None."""
+
+    name: str
+    texts: tuple[str, ...]
+    labels: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Item:
+    """hu: (X, Y, Z) int16. spacing: mm. small: (X/4, Y/4, Z/4) uint8, voxels of small findings, where known."""
+
+    hu: np.ndarray
+    spacing: tuple[float, float, float]
+    small: np.ndarray | None = None
+
+
+class Source(Protocol):
+    """Volumes of one size."""
+
+    entries: Sequence[Entry]
+    size: tuple[int, int, int]
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Item:
+        """Raises BadVolume."""
+        ...
+
+
+def fingerprint(source: Source) -> str:
+    """One short name for which volumes and texts these are, and at what size."""
+    content = json.dumps([source.size, [(e.name, e.texts) for e in source.entries]])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def fit(hu: np.ndarray, spacing: Sequence[float], size: tuple[int, int, int]) -> tuple[np.ndarray, Sequence[float]]:
+    """hu (X, Y, Z) stretched to `size` voxels, int16, clipped to +-1000, and its voxels' size then, in mm.
+
+    Trilinear where an axis has not twice the wanted voxels, the mean of what a voxel covers where all have.
+    """
+    hu = np.clip(hu, -HU_LIMIT, HU_LIMIT).astype(np.int16, copy=False)
+    if hu.shape == tuple(size):
+        return np.ascontiguousarray(hu), spacing
+    x = torch.from_numpy(np.ascontiguousarray(hu)).float()[None, None]
+    if all(n >= 2 * m for n, m in zip(hu.shape, size, strict=True)):
+        x = F.interpolate(x, size=tuple(size), mode="area")
+    else:
+        x = F.interpolate(x, size=tuple(size), mode="trilinear", align_corners=False)
+    scaled = [mm * n / m for mm, n, m in zip(spacing, hu.shape, size, strict=True)]
+    return x[0, 0].round_().to(torch.int16).numpy(), scaled
+
+
+def check_hu(hu: np.ndarray, name: str) -> None:
+    """Warn, with the evidence, where values are no HU: never rescaled, rescaled twice, or something else."""
+    low, middle, high = np.percentile(hu[::4, ::4, ::2], (1, 50, 99))
+    shown = f"1st, 50th and 99th percentile are {low:.0f}, {middle:.0f} and {high:.0f}"
+    if low > -500:
+        warnings.warn(f"{name}: no air in it: {shown}; slope and intercept were not applied, or no HU", stacklevel=2)
+    elif high < -300:
+        warnings.warn(f"{name}: nothing denser than lung: {shown}; the intercept was applied twice?", stacklevel=2)
+    elif high > 5000:
+        warnings.warn(f"{name}: denser than any tissue: {shown}; the slope was applied twice?", stacklevel=2)
+
+
+class Cached:
+    """A source whose volumes, once read, lie in `folder` and are read from there."""
+
+    def __init__(self, source: Source, folder: Path):
+        self.source, self.entries, self.size = source, source.entries, source.size
+        self.folder = folder / f"{'x'.join(map(str, source.size))}-{fingerprint(source)}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, index: int) -> Item:
+        path = self.folder / f"{index:07d}.npz"
+        try:
+            with np.load(path) as kept:
+                return Item(kept["hu"], tuple(kept["spacing"].tolist()), kept["small"] if "small" in kept else None)
+        except Exception:  # not there, or damaged: whatever it is, the volume is read again
+            item = self.source.read(index)
+        buffer = io.BytesIO()
+        small = {} if item.small is None else {"small": item.small}
+        np.savez(buffer, hu=item.hu, spacing=np.array(item.spacing), **small)  # type: ignore[arg-type]
+        try:
+            write_files({path: buffer.getvalue()})
+        except OSError as error:
+            warnings.warn(f"cache {path}: not written ({error}); the volume is read again next time", stacklevel=2)
+        return item
+
+
+def cached(source: Source, folder: Path, gigabytes: float) -> Source:
+    """The source through a cache in `folder`, if all its volumes fit in `gigabytes`."""
+    need = len(source) * 2 * float(np.prod(source.size)) / 1e9
+    return Cached(source, folder) if need <= gigabytes else source

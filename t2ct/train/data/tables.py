@@ -1,0 +1,156 @@
+"""A folder of CTs with their reports: prepared with a manifest.csv, or CT-RATE with the CSVs it comes with."""
+
+from __future__ import annotations
+
+import csv
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from t2ct.data.phantoms import LABELS
+from t2ct.text import form_prompt
+from t2ct.train.data.source import BadVolume, Entry, Item, check_hu, fit
+
+SPLITS = {"train": "train", "training": "train", "valid": "valid", "validation": "valid", "val": "valid"}
+VALID_EVERY = 20  # without a split of its own, one volume in so many is kept for validation
+SHOWN = 5  # of the volumes that an error counts
+
+
+@dataclass(frozen=True)
+class Row:
+    """One volume of a table."""
+
+    entry: Entry
+    path: Path
+    split: str
+
+
+class FolderSource:
+    """Volumes in NIfTI files, reoriented to RAS, clipped and stretched to `size`."""
+
+    def __init__(self, rows: list[Row], size: tuple[int, int, int]):
+        self.entries: Sequence[Entry] = [row.entry for row in rows]
+        self.size, self.paths = size, [row.path for row in rows]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, index: int) -> Item:
+        from t2ct.data.io import load_volume
+
+        path = self.paths[index]
+        try:
+            volume = load_volume(path)
+        except (OSError, ValueError) as error:
+            raise BadVolume(str(error)) from error
+        check_hu(volume.hu, path.name)
+        hu, spacing = fit(volume.hu, volume.spacing, self.size)
+        return Item(hu, tuple(float(mm) for mm in spacing))  # type: ignore[arg-type]
+
+
+def open_folder(
+    folder: str | Path, split: str, size: tuple[int, int, int], *, texts: bool = True, skip_bad: bool = False,
+    bad: list[str] | None = None,
+) -> FolderSource:  # fmt: skip
+    """The volumes of `split` in a folder with manifest.csv, or shaped as CT-RATE.
+
+    manifest.csv: volume (a path inside the folder), report or findings and impression, optionally labels (18 zeros or
+    ones) and split (train, valid). CT-RATE: *_reports.csv with VolumeName, Findings_EN, Impressions_EN, optionally
+    *_labels.csv; the volumes anywhere below; files named train… are for training, valid… for validation.
+    Missing volumes, and missing reports where texts are needed, are counted and named in one error, or left out and
+    added to `bad`.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise FileNotFoundError(f"data: wanted a folder or phantoms:N, got {str(folder)!r}, which is no folder")
+    manifest = root / "manifest.csv"
+    rows = list(_manifest(root, manifest) if manifest.is_file() else _ct_rate(root))
+    problems = {}
+    for row in rows:
+        if not row.path.is_file():
+            problems[row.entry.name] = "no such file"
+        elif texts and not row.entry.texts:
+            problems[row.entry.name] = "no report"
+    if problems:
+        named = "; ".join(f"{name}: {why}" for name, why in list(problems.items())[:SHOWN])
+        what = f"data: {len(problems)} of {len(rows)} volumes cannot be used: {named}"
+        if not skip_bad:
+            raise ValueError(f"{what} (--skip-bad leaves them out)")
+        warnings.warn(what, stacklevel=2)
+        if bad is not None:
+            bad += [f"{name},{why}" for name, why in problems.items()]
+    good = [row for row in rows if row.entry.name not in problems]
+    if all(row.split == "" for row in good):
+        good = [Row(r.entry, r.path, "train" if (i + 1) % VALID_EVERY else "valid") for i, r in enumerate(good)]
+    chosen = [row for row in good if row.split == split]
+    if not chosen and split == "train":
+        raise ValueError(f"data: wanted at least one volume to train on, got none of {len(rows)} in {folder}")
+    return FolderSource(chosen, size)
+
+
+def _table(path: Path, wanted: Iterable[str] = ()) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        missing = [name for name in wanted if name not in (reader.fieldnames or [])]
+        if missing:
+            raise ValueError(f"{path}: wanted a column {missing[0]!r}, got {', '.join(reader.fieldnames or [])}")
+        return list(reader)
+
+
+def _manifest(root: Path, path: Path) -> Iterable[Row]:
+    seen = set()
+    for number, line in enumerate(_table(path, ("volume",)), 2):
+        where = f"{path.name} line {number}"
+        name = (line["volume"] or "").strip()
+        file = (root / name).resolve()
+        if not name or not file.is_relative_to(root.resolve()):
+            raise ValueError(f"{where}: wanted a volume inside {root}, got {name!r}")
+        if name in seen:
+            raise ValueError(f"{where}: {name!r} stands there twice")
+        seen.add(name)
+        split = (line.get("split") or "").strip().lower()
+        if split and split not in SPLITS:
+            raise ValueError(f"{where}: wanted a split of {', '.join(SPLITS)}, got {split!r}")
+        parts = {"findings": line.get("findings"), "impression": line.get("impression")}
+        text = _prompt(line.get("report")) or _prompt(parts)
+        yield Row(Entry(name, text, _labels(line.get("labels"), where)), file, SPLITS.get(split, ""))
+
+
+def _ct_rate(root: Path) -> Iterable[Row]:
+    reports = sorted(root.rglob("*report*.csv"))
+    if not reports:
+        raise FileNotFoundError(f"data: wanted manifest.csv or CT-RATE's *_reports.csv, got neither in {root}")
+    labels: dict[str, tuple[int, ...] | None] = {}
+    for path in sorted(root.rglob("*label*.csv")):
+        for number, line in enumerate(_table(path, ("VolumeName", *LABELS)), 2):
+            named = ";".join(line[label] or "" for label in LABELS)
+            labels[line["VolumeName"]] = _labels(named, f"{path.name} line {number}")
+    files = {path.name: path for path in root.rglob("*.nii.gz")}
+    for path in reports:
+        stem = path.name.lower()
+        split = "train" if stem.startswith("train") else "valid" if stem.startswith("valid") else ""
+        for line in _table(path, ("VolumeName", "Findings_EN", "Impressions_EN")):
+            name = line["VolumeName"]
+            text = _prompt({"findings": line["Findings_EN"], "impression": line["Impressions_EN"]})
+            yield Row(Entry(name, text, labels.get(name)), files.get(name, root / name), split)
+
+
+def _prompt(text: str | dict[str, str | None] | None) -> tuple[str, ...]:
+    """The prompt of a report as a tuple of one, or of none where nothing is said; never "nan"."""
+    if text is None or (isinstance(text, str) and text.strip().lower() == "nan"):
+        return ()
+    try:
+        return (form_prompt(text),)
+    except ValueError:
+        return ()
+
+
+def _labels(words: str | None, where: str) -> tuple[int, ...] | None:
+    if not words or not words.strip():
+        return None
+    parts = words.replace(",", ";").replace(" ", ";").split(";")
+    values = [part.strip().removesuffix(".0") for part in parts if part.strip()]
+    if len(values) != len(LABELS) or not set(values) <= {"0", "1"}:
+        raise ValueError(f"{where}: wanted {len(LABELS)} labels of 0 or 1, got {len(values)}: {words!r:.60}")
+    return tuple(map(int, values))

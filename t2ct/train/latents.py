@@ -1,0 +1,183 @@
+"""Latents of a data set, computed once: mu and sigma in shards, marked with the VAE that made them.
+
+`t2ct latents` writes FOLDER/train and FOLDER/valid, each an index.json and shards of safetensors; a second call goes on
+where the first stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from tqdm import tqdm
+
+from t2ct.files import check_output_folder, write_files
+from t2ct.models import VAE, hu_to_unit
+from t2ct.models.layers import channels_last
+from t2ct.train.data import BadVolume, Source, open_data
+from t2ct.train.data.source import Entry, cached, fingerprint
+from t2ct.train.loop import find_precision
+from t2ct.train.parts.folders import load_part
+from t2ct.train.recipe import ranks
+
+FORMAT = "t2ct-latents-1"
+SHARD = 64
+SPLITS = ("train", "valid")
+
+
+@dataclass(frozen=True)
+class Latent:
+    """mu, sigma (C, x, y, z) float16; spacing mm; small (x, y, z) uint8 or None."""
+
+    mu: Tensor
+    sigma: Tensor
+    spacing: Tensor
+    small: Tensor | None = None
+
+
+class LatentSource:
+    """Latents of one split, read from their shards one by one."""
+
+    def __init__(self, folder: Path, vae_hash: str = ""):
+        path = folder / "index.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"latents: wanted index.json, got none in {folder}; t2ct latents makes it")
+        self.folder, self.index = folder, json.loads(path.read_text(encoding="utf-8"))
+        if self.index.get("format") != FORMAT:
+            raise ValueError(f"latents: wanted format {FORMAT!r}, got {self.index.get('format')!r} in {path}")
+        if vae_hash and self.index["vae"] != vae_hash:
+            raise ValueError(
+                f"latents: wanted those of the VAE {vae_hash[:16]}, got {folder}, made by {self.index['vae'][:16]}"
+            )
+        self.entries = [Entry(e["name"], tuple(e["texts"])) for e in self.index["entries"]]
+        self.size = tuple(self.index["size"])
+        self._open: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}  # another process opens its own
+
+    def read(self, index: int) -> Latent:
+        shard, at = divmod(index, SHARD)
+        if shard not in self._open:
+            self._open[shard] = safe_open(_shard(self.folder, shard), "pt")
+        file = self._open[shard]
+        small = file.get_slice("small")[at] if "small" in file.keys() else None  # noqa: SIM118  it has no iteration
+        mu, sigma, spacing = (file.get_slice(name)[at] for name in ("mu", "sigma", "spacing"))
+        return Latent(mu, sigma, spacing, small)
+
+
+def _shard(folder: Path, number: int) -> Path:
+    return folder / f"latents-{number:05d}.safetensors"
+
+
+@torch.no_grad()
+def encode(vae: VAE, hu: np.ndarray, device: torch.device, precision: str = "auto") -> tuple[Tensor, Tensor]:
+    """(X, Y, Z) HU -> mu and sigma, (C, X/4, Y/4, Z/4) float16 on the CPU. The one place where volumes are encoded."""
+    dtype = find_precision(precision, device)
+    x = channels_last(hu_to_unit(torch.from_numpy(hu)[None, None]).to(device))
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        mu, sigma = vae.encode(x)
+    return mu[0].half().cpu().contiguous(), sigma[0].half().cpu().contiguous()
+
+
+def encode_source(
+    source: Source, vae: VAE, vae_hash: str, folder: Path, device: torch.device, *, precision: str = "auto",
+    skip_bad: bool = False, told: Callable[[str], None] = print, quiet: bool = False,
+) -> LatentSource:  # fmt: skip
+    """Latents of every volume of `source` into `folder`; shards that are there are kept, ranks share the others.
+
+    ValueError where folder holds latents of another VAE or of other data; BadVolume unless skip_bad.
+    """
+    data, (rank, world) = fingerprint(source), ranks()
+    mark = {"vae": vae_hash, "data": data, "precision": str(find_precision(precision, device))}
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = range(-(-len(source) // SHARD))
+    mine = [n for n in shards if n % world == rank and not _whole(_shard(folder, n), mark)]
+    bar = tqdm(total=len(mine) * SHARD, desc="encoding", disable=quiet or rank != 0 or not mine, mininterval=2)
+    for number in mine:
+        rows = []
+        for index in range(number * SHARD, min(len(source), (number + 1) * SHARD)):
+            rows.append(_encoded(source, index, vae, device, precision, skip_bad, told))
+            bar.update()
+        names = ("mu", "sigma", "spacing", *(["small"] if all("small" in row for row in rows) else []))
+        tensors = {name: torch.stack([row[name] for row in rows]) for name in names}
+        write_files({_shard(folder, number): save(tensors, mark)})
+    bar.close()
+    if world > 1:
+        dist.barrier()
+    if rank == 0:
+        entries = [{"name": e.name, "texts": list(e.texts)} for e in source.entries]
+        index_json = {"format": FORMAT, **mark, "size": list(source.size), "entries": entries}
+        write_files({folder / "index.json": json.dumps(index_json, ensure_ascii=False).encode()})
+    if world > 1:
+        dist.barrier()
+    return LatentSource(folder, vae_hash)
+
+
+def _encoded(source: Source, index: int, vae, device, precision, skip_bad, told) -> dict[str, Tensor]:
+    for further in range(len(source)):
+        try:
+            item = source.read((index + further) % len(source))
+        except BadVolume as error:
+            if not skip_bad:
+                raise BadVolume(f"{error} (--skip-bad puts the next volume in its place)") from None
+            told(f"skipped: {error}")
+            continue
+        mu, sigma = encode(vae, item.hu, device, precision)
+        row = {"mu": mu, "sigma": sigma, "spacing": torch.tensor(item.spacing)}
+        return row if item.small is None else row | {"small": torch.from_numpy(item.small)}
+    raise BadVolume("data: no volume can be read")
+
+
+def _whole(path: Path, mark: dict[str, str]) -> bool:
+    """Is this shard there, readable and of this VAE and these data? Of others: ValueError."""
+    if not path.exists():
+        return False
+    try:
+        with safe_open(path, "pt") as file:
+            got = file.metadata() or {}
+    except (SafetensorError, OSError):
+        return False  # damaged: made again
+    for name, value in mark.items():
+        if got.get(name) != value:
+            raise ValueError(
+                f"latents: wanted an empty folder or those of {name} {value[:16]}, got {path} of {got.get(name)!r:.20}"
+            )
+    return True
+
+
+def make_latents(
+    data: str, vae: str, out: str | Path, *, device: str | torch.device = "cpu", precision: str = "auto",
+    skip_bad: bool = False, cache_gb: float = 0.0, quiet: bool = False,
+) -> Path:  # fmt: skip
+    """What `t2ct latents` does: latents of the training and the validation split of `data` by the VAE in the run or
+    folder `vae`, into the folder `out`; returns it."""
+    root, device = Path(out), torch.device(device)
+    check_output_folder(root)
+    model, config, digest = load_part(vae, "vae", device)
+    for split in SPLITS:
+        source = open_data(data, split, config.size, skip_bad=skip_bad)
+        source = cached(source, root / "cache", cache_gb)
+        if len(source):
+            encode_source(
+                source, model, digest, root / split, device, precision=precision, skip_bad=skip_bad, quiet=quiet
+            )
+    return root
+
+
+def short_hash(content: bytes) -> str:
+    """A name for some bytes."""
+    return hashlib.sha256(content).hexdigest()[:16]

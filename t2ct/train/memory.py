@@ -1,0 +1,218 @@
+"""How much memory a run takes, before it takes it.
+
+Small steps are run and their peaks measured on the very device, with its kernels: batch 1 and 2, two depths. Peaks grow
+linearly with samples and with voxels, so three of them give the peak of any step; what stands still (weights,
+optimiser, average) is counted.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from t2ct.models import CLIP3D, VAE, UNet
+from t2ct.models.text import TextLayer
+from t2ct.models.unet_blocks import ResBlock, SpatialTransformer
+from t2ct.models.vae import ResBlock as VAEBlock
+from t2ct.models.vision import CosineAttention
+from t2ct.train.config import CLIPTraining, LDMTraining, Training, VAETraining
+from t2ct.train.loop import find_precision
+from t2ct.train.recipe import Recipe
+
+MARGIN = 1.05  # over what is measured: allocators round up
+PROBE = 1 / 8  # of a volume's depth, at least
+UNITS = {"": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2.0**10, "MIB": 2.0**20, "GIB": 2.0**30}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How an update is cut up, and what it costs where that was measured. Bytes and seconds; 0: not measured."""
+
+    micro: int
+    share: int  # samples of a device in an update
+    checkpoint: bool = False
+    fixed: float = 0.0
+    peak: float = 0.0
+    seconds: float = 0.0
+    limit: float = 0.0
+    steps: int = 0
+
+    def text(self) -> str:
+        """The plan in a few lines."""
+        days = self.seconds * self.steps / 3600
+        cut = f"{self.share} samples an update and device, {self.micro} at once"
+        return "\n".join((
+            f"plan: {cut}, blocks {'computed again' if self.checkpoint else 'kept'} for the gradient",
+            f"predicted peak: {self.peak / 1e9:.2f} GB, of them {self.fixed / 1e9:.2f} GB weights, optimiser, average"
+            + (f"; limit {self.limit / 1e9:.2f} GB" if self.limit else ""),
+            f"predicted speed: {self.seconds:.3g} s an update, {days:.3g} h for {self.steps} updates",
+        ))  # fmt: skip
+
+
+def read_size(words: str) -> float:
+    """ "24GB" or "800 MiB" in bytes."""
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMG]i?B|)\s*", words, re.IGNORECASE)
+    if not match or not float(match[1]) > 0:
+        raise ValueError(f"memory: wanted a size such as 24GB, got {words!r}")
+    return float(match[1]) * UNITS[match[2].upper()]
+
+
+def checkpoint_blocks(parts: Mapping[str, nn.Module]) -> None:
+    """Blocks compute their insides again for the gradient: only what goes in is kept. In place; same values."""
+    kinds = (ResBlock, SpatialTransformer, VAEBlock, TextLayer, CosineAttention)
+    for part in parts.values():
+        for module in part.modules():
+            feed_forward = isinstance(module, nn.Sequential) and len(module) == 5  # the vision tower's
+            if isinstance(module, kinds) or feed_forward:
+                again = partial(checkpoint, type(module).forward, module, use_reentrant=False, preserve_rng_state=False)
+                module.forward = _when_trained(module, again)  # type: ignore[method-assign]
+
+
+def _when_trained(module: nn.Module, again: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            return again(*args, **kwargs)
+        return type(module).forward(module, *args, **kwargs)
+
+    return forward
+
+
+def probe_recipe(kind: str, config: Training, device: torch.device) -> Recipe:
+    """The recipe of a configuration without its data, for measuring."""
+    from t2ct.train.clip import CLIPRecipe
+    from t2ct.train.ldm import LDMRecipe
+    from t2ct.train.vae import VAERecipe
+
+    if isinstance(config, VAETraining):
+        return VAERecipe(config, VAE(config.model.vae).to(device), None)
+    if isinstance(config, CLIPTraining):
+        return CLIPRecipe(config, CLIP3D(config.model.clip).to(device), None, None)
+    assert isinstance(config, LDMTraining)
+    return LDMRecipe(config, UNet(config.model.unet).to(device), None, None, None, None)
+
+
+def fixed_bytes(config: Training, recipe: Recipe) -> float:
+    """Weights, gradients, optimiser and average of a recipe, and networks that are only used."""
+    total = 0.0
+    for i, (name, part) in enumerate(recipe.parts.items()):
+        state = sum(v.nbytes for v in part.state_dict().values())
+        total += state + (state if i == 0 and config.ema else 0)
+        muon = recipe.rates(name)[1] > 0
+        embeddings = {id(m.weight) for m in part.modules() if isinstance(m, nn.Embedding)}
+        for p in part.parameters():
+            if p.requires_grad:
+                by_muon = muon and p.ndim > 1 and id(p) not in embeddings
+                total += p.nbytes + 4 * p.numel() * (1 if by_muon else 2)  # the gradient, and the moments
+    if isinstance(config, LDMTraining):
+        with torch.device("meta"):
+            for used in (VAE(config.model.vae), CLIP3D(config.model.clip, towers=("text",))):
+                total += sum(v.nbytes for v in used.state_dict().values())
+    return total
+
+
+def peak_of(run: Callable[[], Any], device: torch.device) -> float:
+    """Bytes that `run` has in use at most, beyond what was there before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        torch.cuda.synchronize(device)
+        return float(torch.cuda.max_memory_allocated(device) - before)
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        run()
+    results = seen.profiler.kineto_results  # type: ignore[union-attr]
+    moved = sorted((e.start_ns(), i, e.nbytes()) for i, e in enumerate(results.events()) if e.name() == "[memory]")
+    peak = now = 0
+    for _, _, size in moved:
+        now += size
+        peak = max(peak, now)
+    return float(peak)
+
+
+def _probe(recipe: Recipe, device: torch.device, precision: torch.dtype, batch: int, scale: float) -> Any:
+    """(peak bytes of activations, seconds, voxels) of the gradients of one small micro-batch."""
+    made = recipe.example(device, batch, scale)
+    size = next(iter(made.values())).numel() / batch
+
+    def autocast() -> Any:
+        low = precision != torch.float32
+        return torch.autocast(device.type, precision if low else torch.bfloat16, enabled=low)
+
+    def run() -> None:
+        recipe.begin(recipe.config.steps)
+        for name in recipe.parts:
+            call: Any = partial(recipe.loss)
+            recipe.gradients(name, call, [made], lambda loss: loss.backward(), autocast)
+
+    for part in recipe.parts.values():
+        part.train()
+        for p in part.parameters():  # they are counted apart
+            p.grad = torch.zeros_like(p) if p.requires_grad else None
+    run()  # the first run pays for first touches and kernel choice
+    started = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    seconds = time.perf_counter() - started
+    return peak_of(run, device), seconds, size
+
+
+def measure(kind: str, config: Training, device: torch.device, blocks: bool) -> Callable[[int], tuple[float, float]]:
+    """Probes the recipe; returns micro -> (peak bytes of activations, seconds of a micro-batch)."""
+    recipe = probe_recipe(kind, config, device)
+    if blocks:
+        checkpoint_blocks(recipe.parts)
+    precision = find_precision(config.precision, device)
+    full = next(iter(recipe.example(torch.device("cpu"), 1, 1.0).values())).numel()
+    thin, seconds, size = _probe(recipe, device, precision, 1, PROBE)
+    double, seconds_double, _ = _probe(recipe, device, precision, 2, PROBE)
+    deep, seconds_deep, size_deep = _probe(recipe, device, precision, 1, 2 * PROBE)
+    if size_deep > size:
+        a_voxel, a_voxel_time = (deep - thin) / (size_deep - size), (seconds_deep - seconds) / (size_deep - size)
+    else:
+        a_voxel, a_voxel_time = 0.0, 0.0
+    a_sample = max(double - thin, 0.0) + max(a_voxel, 0.0) * (full - size)
+    once = max(thin - (double - thin), 0.0)
+
+    def predict(micro: int) -> tuple[float, float]:
+        sample_time = max(seconds + a_voxel_time * (full - size), seconds)
+        return MARGIN * (once + a_sample * micro), sample_time * micro
+
+    return predict
+
+
+def make_plan(kind: str, config: Training, device: torch.device, world: int = 1) -> Plan:
+    """The largest micro-batch that fits config.memory, with blocks kept if that fits; without a limit, as configured.
+
+    ValueError names the least memory where nothing fits.
+    """
+    share = max(1, config.batch // world)
+    limit = read_size(config.memory) if config.memory else 0.0
+    with torch.random.fork_rng(devices=[]):
+        recipe = probe_recipe(kind, config, device)
+        fixed = fixed_bytes(config, recipe)
+        del recipe
+        smallest = math.inf
+        for blocks in (True,) if config.checkpoint_blocks else (False, True):
+            predict = measure(kind, config, device, blocks)
+            cuts = [m for m in range(share, 0, -1) if share % m == 0]
+            for micro in [config.micro] if config.micro else cuts:
+                activations, seconds = predict(micro)
+                peak = fixed + activations
+                smallest = min(smallest, peak)
+                if not limit or peak <= limit:
+                    times = share // micro * (2 if isinstance(config, CLIPTraining) and micro < share else 1)
+                    return Plan(micro, share, blocks, fixed, peak, seconds * times, limit, config.steps)
+    raise ValueError(f"memory: wanted at least {smallest / 1e9:.3g}GB for this network, got {config.memory}")

@@ -1,0 +1,106 @@
+"""Adam, Muon for matrices, the learning rate's course, and the average of the weights."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from t2ct.train.config import Training
+
+
+def rate_factor(step: int, config: Training) -> float:
+    """What the learning rates are multiplied with at `step`: linear warm-up to 1, then the schedule."""
+    warmup = config.warmup if config.warmup >= 1 else config.warmup * config.steps
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1.0, config.steps - warmup))
+    if config.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return (1 - progress) ** config.power if config.schedule == "polynomial" else 1.0
+
+
+class Optimisers:
+    """AdamW, and for the matrices Muon (Jordan et al. 2024) where it has a rate, with one state to save and restore.
+
+    With one volume a step a gradient is nearly of rank one (brightness, contrast) and Adam swings along it; Muon's
+    orthogonalised update learns every direction at once.
+    """
+
+    def __init__(self, model: nn.Module, rate: float, matrix_rate: float, weight_decay: float):
+        self.live = {k: p for k, p in model.named_parameters() if p.requires_grad}
+        embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        by_muon = {k: p for k, p in self.live.items() if matrix_rate and p.ndim > 1 and id(p) not in embeddings}
+        rest = {k: p for k, p in self.live.items() if k not in by_muon}
+        # Muon takes matrices: a convolution's weight (out, in, 3, 3, 3) is shown to it as (out, in * 27), a view.
+        self.matrices = {k: nn.Parameter(p.detach().view(len(p), -1)) for k, p in by_muon.items()}
+        self.rates = {"adam": rate, "muon": matrix_rate}
+        self.optimisers: dict[str, torch.optim.Optimizer] = {}
+        if rest:
+            adam = torch.optim.AdamW(rest.values(), lr=rate, weight_decay=weight_decay, fused=True)
+            self.optimisers["adam"] = adam
+        if self.matrices:
+            muon = torch.optim.Muon(self.matrices.values(), lr=matrix_rate, weight_decay=weight_decay)
+            self.optimisers["muon"] = muon
+        self.owners = {k: ("adam", p) for k, p in rest.items()} | {k: ("muon", p) for k, p in self.matrices.items()}
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for parameter in self.live.values():
+            parameter.grad = None
+
+    def step(self, factor: float) -> None:
+        """One update at `factor` times the learning rates."""
+        for key, matrix in self.matrices.items():
+            gradient = self.live[key].grad
+            matrix.grad = None if gradient is None else gradient.reshape(matrix.shape)
+        for name, optimiser in self.optimisers.items():
+            for group in optimiser.param_groups:
+                group["lr"] = factor * self.rates[name]
+            optimiser.step()
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor of the optimisers' memory, as "muon.key.momentum_buffer"."""
+        return {
+            f"{name}.{key}.{what}": value
+            for key, (name, parameter) in self.owners.items()
+            for what, value in self.optimisers[name].state.get(parameter, {}).items()
+            if isinstance(value, Tensor)
+        }
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take over what `state` returned."""
+        by_owner: dict[str, dict[str, Tensor]] = {}
+        for name, value in state.items():
+            owner, _, what = name.rpartition(".")
+            by_owner.setdefault(owner, {})[what] = value
+        for key, (name, parameter) in self.owners.items():
+            kept = by_owner.get(f"{name}.{key}")
+            if kept:
+                moments = {k: v.clone().to("cpu" if k == "step" else parameter.device) for k, v in kept.items()}
+                if parameter.is_cuda and "step" in moments:  # fused Adam counts on its device
+                    moments["step"] = moments["step"].to(parameter.device)
+                self.optimisers[name].state[parameter] = moments
+
+
+class Average:
+    """A float32 average of a network's parameters; buffers are copied. decay 0: none is kept."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay, self.updates = decay, 0
+        self.weights = {k: v.detach().clone() for k, v in model.state_dict().items()} if decay else {}
+        self.parameters = {k for k, _ in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Follow the model; quickly at first, while the average is young."""
+        if not self.decay:
+            return
+        self.updates += 1
+        share = 1 - min(self.decay, self.updates / (self.updates + 9))
+        state = model.state_dict()
+        moving = [k for k in state if k in self.parameters and state[k].is_floating_point()]
+        torch._foreach_lerp_([self.weights[k] for k in moving], [state[k] for k in moving], share)
+        for key in state.keys() - set(moving):
+            self.weights[key].copy_(state[key])

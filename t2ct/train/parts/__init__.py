@@ -1,0 +1,1 @@
+"""Networks that only training needs, and folders of weights."""

@@ -1,0 +1,316 @@
+"""`train("vae", …)`: from a preset and a data set to a folder with the final weights. `t2ct train` calls it."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from t2ct.checks import find_device
+from t2ct.files import check_output_folder, write_files
+from t2ct.models import CLIP3D, VAE, UNet
+from t2ct.text import Tokenizer
+from t2ct.train import loop
+from t2ct.train.clip import CLIPRecipe
+from t2ct.train.config import (
+    KINDS,
+    CLIPTraining,
+    LDMTraining,
+    Training,
+    VAETraining,
+    differences,
+    load_config,
+    read_toml,
+    to_toml,
+    updated,
+)
+from t2ct.train.data import Source, open_data
+from t2ct.train.data.source import cached
+from t2ct.train.latents import LatentSource, encode_source
+from t2ct.train.ldm import LDMRecipe
+from t2ct.train.memory import Plan, checkpoint_blocks, make_plan
+from t2ct.train.parts.folders import find_folder, load_part, load_tokenizer, start_from
+from t2ct.train.parts.lora import add_lora
+from t2ct.train.presets import DEFAULT_DATA, before, preset
+from t2ct.train.recipe import Recipe, ranks
+from t2ct.train.show.report import write_report
+from t2ct.train.vae import VAERecipe
+
+FORMAT = "t2ct-run-1"
+
+
+def configure(
+    kind: str, preset_name: str = "recommended", config: str | Path | None = None, **values: Any
+) -> Training:  # fmt: skip
+    """The configuration of a run: the preset, then the TOML file `config`, then `values` (None: not said)."""
+    if kind not in KINDS:
+        raise ValueError(f"kind: wanted one of {', '.join(KINDS)}, got {kind!r}")
+    made = preset(kind, preset_name)
+    if config is not None:
+        made = load_config(config, made)
+    return updated(made, {name: value for name, value in values.items() if value is not None}, "option")
+
+
+def train(
+    kind: str,
+    data: str | None = None,
+    out: str | Path = "",
+    *,
+    preset: str = "recommended",
+    config: str | Path | None = None,
+    resume: bool = False,
+    dry_run: bool = False,
+    device: str | torch.device | None = None,
+    quiet: bool = False,
+    cache: Path | None = None,
+    **values: Any,
+) -> Path:
+    """Train a network and return the folder with its final weights, `out`/final.
+
+    kind     "vae", "clip" or "ldm"
+    data     "phantoms:N", a prepared folder, a CT-RATE-shaped folder, or for "ldm" a folder of latents; the presets
+             tiny and embedded have phantoms of their own
+    out      the run's folder; one that holds a run is refused unless `resume`, which goes on, or begins where there is
+             none
+    preset   "published", "recommended", "embedded" or "tiny"; config: a TOML file on top of it; then **values, the
+             fields of `t2ct.train.config` (steps, seed, learning_rate, model={"vae": {…}}, …)
+    dry_run  print what it would cost, write nothing
+    Raises ValueError, TypeError, FileNotFoundError for what is wrong with the arguments or the data, OSError for a full
+    disk, RuntimeError for gradients that are not finite; `t2ct.train.loop.Preempted` after SIGTERM or SIGUSR1.
+    """
+    made = configure(kind, preset, config, **values)
+    spec = data or DEFAULT_DATA.get(preset)
+    if spec is None:
+        raise ValueError(f"data: wanted a folder or phantoms:N for the preset {preset}, got nothing")
+    began = _join()
+    try:
+        where = find_device(device)
+        if where.type == "cuda" and ranks()[1] > 1:
+            where = torch.device("cuda", ranks()[0] % torch.cuda.device_count())
+        if dry_run:
+            print(make_plan(kind, made, where).text())
+            return Path(out)
+        root = Path(out)
+        if not str(out):
+            raise ValueError("out: wanted a folder for the run, got nothing")
+        check_output_folder(root)
+        _refuse_other(root, kind, preset, spec, resume)
+        cache = cache or root / "cache"
+        _stages(kind, preset, made, spec, root, where, quiet, cache)
+        made = _resolved(kind, made, root, preset)
+        return _train(kind, made, preset, spec, root, where, quiet, cache)
+    finally:
+        if began:
+            dist.destroy_process_group()
+
+
+def _join() -> bool:
+    """Join the other processes of torchrun, if it launched this one and nobody has joined yet."""
+    if not dist.is_available() or not dist.is_torchelastic_launched() or dist.is_initialized():
+        return False
+    # hours: the first rank draws previews and writes checkpoints while the others wait
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=12))
+    return True
+
+
+def _refuse_other(root: Path, kind: str, preset: str, data: str, resume: bool) -> None:
+    path = root / "run.json"
+    started = root / "starting.json"  # of a run that was killed in the stages before its own
+    if not path.exists() and not started.exists():
+        if ranks()[0] == 0:
+            root.mkdir(parents=True, exist_ok=True)
+            write_files({started: json.dumps({"kind": kind, "preset": preset, "data": data}).encode()})
+        return
+    facts = json.loads((path if path.exists() else started).read_text(encoding="utf-8"))
+    if not resume and ranks()[1] == 1:
+        held = f"{facts['kind']} ({facts['preset']}, {facts['data']})"
+        raise ValueError(f"out: wanted a new folder, got {root}, which holds a run of {held}; --resume goes on with it")
+    wanted = {"kind": kind, "preset": preset, "data": data}
+    for name, value in wanted.items():
+        if facts[name] != value:
+            raise ValueError(f"out: {root} holds a run with {name} {facts[name]!r}, got {value!r}")
+
+
+def _stages(
+    kind: str, name: str, config: Training, data: str, root: Path, device: Any, quiet: bool, cache: Path
+) -> None:  # fmt: skip
+    """Train what a preset of its own needs before, each stage in a folder of the run."""
+    for folder, stage, told in before(kind, name):
+        if (isinstance(config, LDMTraining) and getattr(config, stage)) or config.start:
+            continue  # it was given
+        if stage != "ldm" and (root / folder / "final" / "config.json").exists():
+            continue
+        told = replace(told, seed=config.seed, precision=config.precision, skip_bad=config.skip_bad)
+        if folder == "vae" and (root / "vae-slab").is_dir():
+            told = replace(told, start=str(root / "vae-slab"))
+        if ranks()[0] == 0 and not quiet:
+            print(f"{root}: first its {folder}, {told.steps} steps", flush=True)
+        _refuse_other(root / folder, stage, name, data, True)
+        _train(stage, told, name, data, root / folder, device, quiet, cache)
+
+
+def _resolved(kind: str, config: Training, root: Path, name: str) -> Training:
+    """The configuration with the networks that it stands on."""
+    if isinstance(config, VAETraining):
+        slab = root / "vae-slab"
+        return replace(config, start=str(slab)) if slab.is_dir() and not config.start else config
+    if not isinstance(config, LDMTraining):
+        return config
+    paths = {part: getattr(config, part) or config.start or str(root / part) for part in ("vae", "clip")}
+    for part, path in paths.items():
+        if not getattr(config, part) and not config.start and not (root / part).is_dir():
+            raise ValueError(
+                f"{part}: wanted the run or the folder of a trained {part.upper()}, got nothing "
+                f'(--set {part}=DIR, or "embedded"; the presets tiny and embedded train their own)'
+            )
+        find_folder(path, part)
+    vae_of, clip_of = (_config_of(paths[part], part) for part in ("vae", "clip"))
+    model = replace(config.model, vae=vae_of.vae, clip=clip_of.clip, size=vae_of.size, spacing=vae_of.spacing)
+    if config.start and not Path(config.start).is_file():
+        start = _config_of(config.start, "start")
+        model = replace(model, unet=start.unet, schedule=start.schedule, base_voxels=start.base_voxels)
+    wanted = (model.clip.embed_dim, model.vae.latent_channels)
+    got = (model.unet.cross_attention_dim, model.unet.in_channels)
+    if wanted != got:
+        raise ValueError(f"model.unet: wanted cross_attention_dim and in_channels {wanted}, got {got}")
+    return replace(config, model=model, vae=paths["vae"], clip=paths["clip"])
+
+
+def _config_of(path: str, part: str) -> Any:
+    from t2ct.config import PipelineConfig
+
+    return PipelineConfig.from_json(find_folder(path, part) / "config.json")
+
+
+def _train(
+    kind: str, config: Training, name: str, data: str, root: Path, device: torch.device, quiet: bool, cache: Path
+) -> Path:  # fmt: skip
+    rank, world = ranks()
+    facts = {"format": FORMAT, "kind": kind, "preset": name, "data": data, "steps": config.steps}
+    known = _known(root, config)
+    torch.manual_seed(config.seed)
+    recipe = build(kind, config, data, root, device, cache, quiet)
+    if config.checkpoint_blocks or known.get("checkpoint_blocks"):
+        checkpoint_blocks(recipe.parts)
+    plan = known
+    if not known:
+        found = _plan(kind, config, device, quiet)
+        if found.checkpoint and not config.checkpoint_blocks:
+            checkpoint_blocks(recipe.parts)
+        plan = {"micro": found.micro, "checkpoint_blocks": found.checkpoint}
+        if rank == 0:
+            content = {root / "config.toml": to_toml(config).encode()}
+            write_files(content | {root / "run.json": json.dumps({**facts, **plan}, indent=1).encode()})
+    if world > 1:
+        dist.barrier()
+    loop.run(recipe, config, root, device, plan["micro"], quiet)
+    if rank == 0:
+        write_report(root)
+    return root / "final"
+
+
+def _plan(kind: str, config: Training, device: torch.device, quiet: bool) -> Plan:
+    _, world = ranks()
+    share = config.batch // world
+    if config.batch % world:
+        raise ValueError(f"batch: wanted a multiple of the {world} processes, got {config.batch}")
+    if not config.memory:
+        return Plan(config.micro or share, share, config.checkpoint_blocks)
+    plan = make_plan(kind, config, device, world)
+    if ranks()[0] == 0 and not quiet:
+        print(plan.text(), flush=True)
+    return plan
+
+
+def _known(root: Path, config: Training) -> dict[str, Any]:
+    """What a run that goes on decided when it began; ValueError where its configuration was another."""
+    path = root / "run.json"
+    if not path.exists():
+        return {}
+    changed = differences(read_toml((root / "config.toml").read_text(encoding="utf-8")), config)
+    if changed:
+        raise ValueError(f"config: {root} holds a run that was configured otherwise: {'; '.join(changed)}")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def build(
+    kind: str, config: Training, data: str, root: Path, device: torch.device, cache: Path, quiet: bool = False
+) -> Recipe:  # fmt: skip
+    """The recipe of a run: network, data and all."""
+    root.mkdir(parents=True, exist_ok=True)
+    bad = root / "bad.txt"
+    if isinstance(config, LDMTraining):
+        return _build_ldm(config, data, root, device, cache, quiet)
+    train_set, valid = (_source(config, data, split, cache, bad, kind != "vae") for split in ("train", "valid"))
+    if isinstance(config, VAETraining):
+        vae = VAE(config.model.vae)
+        torch.nn.init.constant_(vae.quant_conv_log_sigma.conv.bias, config.log_variance_start)  # type: ignore[arg-type]
+        start_from(vae.to(device), config.start, "vae")
+        return VAERecipe(config, vae, train_set, valid, bad)
+    assert isinstance(config, CLIPTraining)
+    tokenizer = _tokenizer(config, train_set, root)
+    clip = CLIP3D(config.model.clip).to(device)
+    start_from(clip, config.start, "clip")
+    return CLIPRecipe(config, clip, tokenizer, train_set, valid, bad)
+
+
+def _source(config: Training, data: str, split: str, cache: Path, bad: Path, texts: bool) -> Source:
+    left_out: list[str] = []
+    source = open_data(data, split, config.model.size, texts=texts, skip_bad=config.skip_bad, bad=left_out)
+    if left_out:
+        known = bad.read_text(encoding="utf-8").splitlines() if bad.exists() else []
+        write_files({bad: ("\n".join([*known, *(n for n in left_out if n not in known)]) + "\n").encode()})
+    return cached(source, cache, config.cache_gb) if len(source) else source
+
+
+def _tokenizer(config: CLIPTraining, source: Source, root: Path) -> Tokenizer:
+    path = root / "tokenizer.json"
+    if config.tokenizer or path.exists():
+        found = Tokenizer.from_file(config.tokenizer or path)
+    elif config.start and not Path(config.start).is_file():
+        found = load_tokenizer(config.start)
+    else:
+        texts = [text for entry in source.entries for text in entry.texts]
+        found = Tokenizer.train(texts, config.model.clip.text.vocab_size)
+    wanted = config.model.clip.text.vocab_size
+    if found.vocab_size != wanted:
+        raise ValueError(f"tokenizer: wanted {wanted} tokens (model.clip.text.vocab_size), got {found.vocab_size}")
+    if ranks()[0] == 0 and not path.exists():
+        write_files({path: found.to_json().encode()})
+    return found
+
+
+def _build_ldm(
+    config: LDMTraining, data: str, root: Path, device: torch.device, cache: Path, quiet: bool
+) -> LDMRecipe:  # fmt: skip
+    vae, _, digest = load_part(config.vae, "vae", device)
+    clip, _, _ = load_part(config.clip, "clip", device)
+    tokenizer = load_tokenizer(config.clip)
+    found: dict[str, LatentSource] = {}
+    for split in ("train", "valid"):
+        ready = Path(data) / split
+        if (Path(data) / "train" / "index.json").is_file():
+            if (ready / "index.json").is_file():
+                found[split] = LatentSource(ready, digest)
+            continue
+        source = open_data(data, split, config.model.size, skip_bad=config.skip_bad)
+        if len(source):
+            found[split] = encode_source(
+                cached(source, cache, config.cache_gb), vae, digest, root / "latents" / split, device,
+                precision=config.precision, skip_bad=config.skip_bad, told=warnings.warn, quiet=quiet,
+            )  # fmt: skip
+    unet = UNet(config.model.unet).to(device)
+    start_from(unet, config.start, "unet")
+    if config.lora:
+        if not config.start:
+            raise ValueError("lora: wanted start=, the model that the adapters are for, got none")
+        add_lora(unet, config.lora, config.seed)
+    return LDMRecipe(config, unet, vae, clip, tokenizer, found["train"], found.get("valid"))
+
+
