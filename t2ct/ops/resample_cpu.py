@@ -12,13 +12,16 @@ from torch import Tensor
 from t2ct.ops import norm_cpu
 from t2ct.ops.dispatch import channels_last, native, watched
 
+LAST = torch.channels_last_3d
+
 
 def _shape(x: Tensor) -> tuple[int, int, int, int, int, bool]:
-    return x.shape[0], x.shape[2], x.shape[3], x.shape[4], x.shape[1], x.dtype == torch.bfloat16
+    n, c, d, h, w = x.shape
+    return n, d, h, w, c, x.dtype == torch.bfloat16
 
 
 def _empty(like: Tensor, *size: int) -> Tensor:
-    return like.new_empty(like.shape[0], *size, like.shape[1]).permute(0, 4, 1, 2, 3)
+    return torch.empty((*like.shape[:2], *size), dtype=like.dtype, device=like.device, memory_format=LAST)
 
 
 def double(x: Tensor, planes: tuple[int, int], out: Tensor | None = None) -> Tensor:

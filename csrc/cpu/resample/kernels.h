@@ -110,14 +110,15 @@ void put(T* p, const vf* v) {
     store(p, v[0], v[1]);
 }
 
-// Some numbers of one cell along Z: voxels x of the four rows -> doubled voxels 2k - 1 (at out - C) and 2k of the rows
-// that are wanted. q: the quarters of voxel k - 1, which those of voxel k replace. The first cell has 2k alone, which
-// is its voxel itself.
+// Some numbers of one cell along Z: the four rows, at x + from, of voxel k -> doubled voxels 2k - 1 (out + to - C) and
+// 2k of the rows that are wanted. q: the quarters of voxel k - 1, which those of voxel k replace. The first cell has 2k
+// alone, which is its voxel itself.
 template <int vectors, bool first, bool past, typename T>
-inline void cell(const T* const* x, T* const* out, float* q, int64_t stride, int64_t C) {
+__attribute__((always_inline)) inline void cell(const T* const* x, int64_t from, T* const* out, int64_t to, float* q,
+                                                int64_t stride, int64_t C) {
   vf v[4], made[vectors][4], low[vectors], high[vectors];
   for (int k = 0; k < vectors; ++k) {
-    for (int i = 0; i < 4; ++i) v[i] = load(x[i] + k * W);
+    for (int i = 0; i < 4; ++i) v[i] = load(x[i] + from + k * W);
     mix(v, made[k]);
   }
   for (int i = 0; i < 4; ++i) {
@@ -128,44 +129,38 @@ inline void cell(const T* const* x, T* const* out, float* q, int64_t stride, int
       store(kept, made[k][i]);
     }
     if (!out[i]) continue;
-    if (!first) put<vectors, past>(out[i] - C, low);
-    put<vectors, past>(out[i], high);
+    if (!first) put<vectors, past>(out[i] + to - C, low);
+    put<vectors, past>(out[i] + to, high);
   }
 }
 
-template <typename P>
-inline void advance(P* const* from, P** to, int64_t by) {
-  for (int i = 0; i < 4; ++i) to[i] = from[i] ? from[i] + by : nullptr;
+// The same for n < W numbers, by way of whole vectors; q has numbers to spare.
+template <bool first, typename T>
+__attribute__((noinline)) void part_of_cell(const T* const* x, int64_t from, T* const* out, int64_t to, float* q,
+                                            int64_t stride, int64_t C, int64_t n) {
+  T in[4][W] = {}, made[4][2 * W];
+  const T* whole[4];
+  T* result[4];
+  for (int i = 0; i < 4; ++i) {
+    for (int64_t j = 0; j < n; ++j) in[i][j] = x[i][from + j];
+    whole[i] = in[i], result[i] = made[i];
+  }
+  cell<1, first, false>(whole, 0, result, W, q, stride, W);
+  for (int i = 0; i < 4; ++i)
+    for (int64_t j = 0; j < n && out[i]; ++j) {
+      if (!first) out[i][to - C + j] = made[i][j];
+      out[i][to + j] = made[i][W + j];
+    }
 }
 
 template <bool first, bool past, typename T>
-void voxel(const T* const* x, T* const* out, float* q, int64_t stride, int64_t C) {
-  const T* from[4];
-  T* to[4];
+__attribute__((always_inline)) inline void voxel(const T* const* x, T* const* out, int64_t k, float* q, int64_t stride,
+                                                 int64_t C) {
+  const int64_t from = k * C, to = 2 * from;
   int64_t c = 0;
-  for (; c + 2 * W <= C; c += 2 * W) {
-    advance(x, from, c), advance(out, to, c);
-    cell<2, first, past>(from, to, q + c, stride, C);
-  }
-  for (; c < C; c += W) {
-    advance(x, from, c), advance(out, to, c);
-    if (c + W <= C) {
-      cell<1, first, past>(from, to, q + c, stride, C);
-      continue;
-    }
-    const int64_t n = C - c;  // fewer than a vector, by way of whole ones; q has numbers to spare
-    T in[4][W] = {}, made[4][2 * W];
-    for (int i = 0; i < 4; ++i) {
-      for (int64_t j = 0; j < n; ++j) in[i][j] = from[i][j];
-      from[i] = in[i], to[i] = made[i] + W;
-    }
-    cell<1, first, past>(from, to, q + c, stride, W);
-    for (int i = 0; i < 4; ++i)
-      for (int64_t j = 0; j < n && out[i]; ++j) {
-        if (!first) out[i][c + j - C] = made[i][j];
-        out[i][c + j] = made[i][W + j];
-      }
-  }
+  for (; c + 2 * W <= C; c += 2 * W) cell<2, first, past>(x, from + c, out, to + c, q + c, stride, C);
+  for (; c + W <= C; c += W) cell<1, first, past>(x, from + c, out, to + c, q + c, stride, C);
+  if (c < C) part_of_cell<first>(x, from + c, out, to + c, q + c, stride, C, C - c);
 }
 
 inline void copy(const float* from, float* to, int64_t count) {
@@ -178,18 +173,13 @@ void cells(const void* const* rows, void* const* out, int64_t Z, int64_t C, floa
   const T* x[4];
   T* y[4];
   for (int i = 0; i < 4; ++i) x[i] = static_cast<const T*>(rows[i]), y[i] = static_cast<T*>(out[i]);
-  voxel<true, past>(x, y, q, stride, C);
-  for (int64_t k = 1; k < Z; ++k) {
-    advance(x, x, C), advance(y, y, 2 * C);
-    voxel<false, past>(x, y, q, stride, C);
-  }
+  voxel<true, past>(x, y, 0, q, stride, C);
+  for (int64_t k = 1; k < Z; ++k) voxel<false, past>(x, y, k, q, stride, C);
   for (int i = 0; i < 4; ++i)  // the edge voxel itself
     for (int64_t c = 0; c < C && y[i]; c += W) {
-      const vf v = load(q + i * stride + c);
-      if (c + W <= C)
-        store(y[i] + C + c, towards(v, v));
-      else
-        store(y[i] + C + c, towards(v, v), C - c);
+      const vf v = load(q + i * stride + c), last = towards(v, v);
+      T* p = y[i] + (2 * Z - 1) * C + c;
+      c + W <= C ? store(p, last) : store(p, last, C - c);
     }
   if (past) fence();
 }
