@@ -16,15 +16,15 @@ __version__ = "0.1.0"
 _HOMES = {
     "generate": "t2ct.pipeline",
     "T2CTPipeline": "t2ct.pipeline",
-    "Volume": "t2ct.volume",
+    "Volume": "t2ct.data.volume",
     "explain": "t2ct.ops",
 }
 _MODULES = ("data", "diffusion", "models", "ops", "eval", "train")
 
 if TYPE_CHECKING:
+    from t2ct.data.volume import Volume
     from t2ct.ops import explain
     from t2ct.pipeline import T2CTPipeline, generate
-    from t2ct.volume import Volume
 
 __all__ = ["T2CTPipeline", "Volume", "__version__", "explain", "generate"]
 

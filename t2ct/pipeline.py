@@ -20,11 +20,11 @@ from tqdm import tqdm
 from t2ct import __version__, weights
 from t2ct.checks import FILES, check_seed, check_size, check_spacing, find_device, find_dtype, find_files, form_prompts
 from t2ct.config import PipelineConfig
+from t2ct.data.volume import Volume
 from t2ct.diffusion import check_guidance_scale, guided, make_schedule, sample
 from t2ct.files import check_output_folder, write_files
 from t2ct.models import CLIP3D, VAE, UNet, unit_to_hu
 from t2ct.text import Tokenizer, form_prompt
-from t2ct.volume import Volume
 
 OUTPUTS = ("volume", "pt", "np", "latent")
 Prompt = str | Mapping[str, str]
@@ -51,6 +51,7 @@ class T2CTPipeline:
         model: str | Path | Mapping[str, Any] | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        lora: str | Path | None = None,
     ) -> T2CTPipeline:
         """Load a model.
 
@@ -60,6 +61,7 @@ class T2CTPipeline:
                  "config" (a config.json or its dict; default: the published networks).
         device   default: the GPU if there is one
         dtype    default: float16 on a GPU, float32 on a CPU
+        lora     a file of adapters that `t2ct train ldm --lora` wrote, added to the UNet's weights
 
         Only what generation needs is read: of CLIP3D the text tower. A .pt file is opened as data, never as code.
         Raises FileNotFoundError or ValueError (unknown model, missing, truncated or unfitting weights), before any
@@ -79,6 +81,10 @@ class T2CTPipeline:
             vae, unet, clip = VAE(config.vae), UNet(config.unet), CLIP3D(config.clip, towers=("text",))
         networks = {"vae": vae, "unet": unet, "clip": clip}
         loaded = {name: weights.load_into(net, files[name], device, dtype) for name, net in networks.items()}
+        if lora is not None:
+            from t2ct.train.parts.lora import apply_lora
+
+            loaded["lora"] = {"hash": apply_lora(unet, lora)}
         scale = loaded["unet"]["extras"].get("scale_factor")
         config = config if scale is None else replace(config, scale_factor=scale)
         return cls(config, vae, unet, clip, tokenizer, weights.hash_of(v["hash"] for v in loaded.values()))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from t2ct.cli import main
-from t2ct.volume import Volume
+from t2ct.data.volume import Volume
 
 COMMANDS = ("generate", "phantom", "explain", "info")
 

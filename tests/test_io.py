@@ -13,7 +13,7 @@ import pytest
 
 from t2ct import files
 from t2ct.data import load_volume, save_volume
-from t2ct.volume import Volume
+from t2ct.data.volume import Volume
 
 SHAPE = (5, 4, 3)
 AFFINE = np.array([[2.0, 0, 0, -10], [0, 3.0, 0, -20], [0, 0, 5.0, -30], [0, 0, 0, 1]])

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from t2ct.data import preview
-from t2ct.volume import Volume
+from t2ct.data.volume import Volume
 
 
 def box(shape=(32, 32, 16), spacing=(8.0, 8.0, 16.0)):

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from t2ct.volume import Volume
+from t2ct.data.volume import Volume
 
 AFFINE = np.array([[2.0, 0, 0, -10], [0, 3.0, 0, -20], [0, 0, 5.0, -30], [0, 0, 0, 1]])
 
@@ -180,5 +180,5 @@ def test_volume_is_importable_without_torch():
     import subprocess
 
     heavy = ("torch", "nibabel", "t2ct.data.phantoms")
-    code = f"import sys, t2ct.volume, t2ct.data; sys.exit(any(name in sys.modules for name in {heavy}))"
+    code = f"import sys, t2ct.data.volume, t2ct.data; sys.exit(any(name in sys.modules for name in {heavy}))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

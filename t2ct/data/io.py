@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from t2ct.data.volume import NIFTI_SUFFIXES, Volume
 from t2ct.files import PathLike, check_outputs, write_files
-from t2ct.volume import NIFTI_SUFFIXES, Volume
 
 SYNTHETIC = "SYNTHETIC t2ct"
 NOTICE = "SYNTHETIC: not a scan of a person, not for diagnosis"

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from t2ct.volume import Volume
+from t2ct.data.volume import Volume
 
 WIDTH = 1120  # of the picture, pixels
 MARGIN = 28

@@ -4,14 +4,18 @@ The network of MAISI's AutoencoderKL (Guo et al. 2024, arXiv 2409.11169) that Mo
 has the published keys.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from t2ct import stream
 from t2ct.models.layers import (
     Conv,
+    Conv3d,
     GroupNorm,
     GroupNormSiLU,
     channels_last,
@@ -19,6 +23,8 @@ from t2ct.models.layers import (
     check_volume,
     norm_silu_conv,
 )
+from t2ct.ops.dispatch import watched
+from t2ct.stream import Budget, Node
 
 HU_MIN, HU_MAX = -1000.0, 1000.0  # the window in which the networks see a CT
 
@@ -131,6 +137,44 @@ def _stack(config: VAEConfig, channels: tuple[int, ...], inlet: int, outlet: int
     return Stack(blocks)
 
 
+def _nodes(stack: Stack, prefix: str, nodes: list[Node]) -> list[Node]:
+    """`nodes` and one for every convolution of the stack: the network as `t2ct.stream` runs it."""
+
+    def width(conv: nn.Module) -> int:
+        return conv.conv.conv.out_channels  # type: ignore[union-attr,return-value]
+
+    norm: tuple[str, nn.GroupNorm] | None = None
+    for i, block in enumerate(stack.blocks):
+        name, at = f"{prefix}.blocks.{i}", len(nodes) - 1
+        if isinstance(block, GroupNorm):
+            norm = (name, block)
+        elif isinstance(block, ResBlock):
+            shortcut = "" if isinstance(block.nin_shortcut, nn.Identity) else f"{name}.nin_shortcut.conv.conv"
+            for part in ("1", "2"):
+                n, conv = getattr(block, "norm" + part), getattr(block, "conv" + part)
+                node = Node(f"{name}.conv{part}.conv.conv", len(nodes) - 1, width(conv))
+                nodes.append(replace(node, norm=f"{name}.norm{part}", groups=n.num_groups, eps=n.eps))
+            nodes[-1] = replace(nodes[-1], residual=at, shortcut=shortcut)
+        elif isinstance(block, (Upsample, Downsample)):
+            way = "up" if isinstance(block, Upsample) else "down"
+            nodes.append(Node(f"{name}.conv.conv.conv", at, width(block.conv), resample=way))
+        else:
+            nodes.append(Node(f"{name}.conv.conv", at, width(block), silu=False))
+            if norm is not None:
+                nodes[-1] = replace(nodes[-1], norm=norm[0], groups=norm[1].num_groups, eps=norm[1].eps)
+                norm = None
+    return nodes
+
+
+Step = Callable[[int], None] | None
+PLAIN = {Stack, nn.ModuleList, DoubleConv, Conv, Conv3d, ResBlock, GroupNorm, GroupNormSiLU, Upsample, Downsample}
+
+
+def _changed(module: nn.Module) -> bool:
+    """Was it replaced by another kind, or does something want to see its input and output?"""
+    return type(module) not in {*PLAIN, nn.Identity} or bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 class VAE(nn.Module):
     """The VAE of the published system. `load_state_dict` takes the published file as it is.
 
@@ -148,19 +192,76 @@ class VAE(nn.Module):
         self.quant_conv_log_sigma = Conv(z, z, kernel=1)
         self.post_quant_conv = Conv(z, z, kernel=1)
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 1, X, Y, Z) in [0, 1] -> mean and standard deviation, each (B, 4, X//4, Y//4, Z//4), x's dtype."""
+    def nodes(self, direction: str) -> tuple[Node, ...]:
+        """The convolutions of "encode" or "decode" in order, as `t2ct.stream` plans and runs them."""
+        config = self.config
+        if direction == "encode":
+            return tuple(_nodes(self.encoder, "encoder", [Node("", -1, config.in_channels)]))
+        z = config.latent_channels
+        inlet = [Node("", -1, z), Node("post_quant_conv.conv", 0, z, kernel=1)]
+        return tuple(_nodes(self.decoder, "decoder", inlet))
+
+    def encode(
+        self, x: Tensor, memory_budget: Budget = None, *, spool_dir: str | Path | None = None, step: Step = None
+    ) -> tuple[Tensor, Tensor]:
+        """(B, 1, X, Y, Z) in [0, 1] -> mean and standard deviation, each (B, 4, X//4, Y//4, Z//4), x's dtype.
+
+        Without a gradient it runs in patches, exactly, inside `memory_budget`: as `decode`.
+        """
         check_volume("VAE.encode: x", x, self.config.in_channels)
         if min(x.shape[2:]) < self.config.factor:
             raise ValueError(f"VAE.encode: every axis of x must be >= {self.config.factor}, got {tuple(x.shape)}")
-        h = self.encoder(channels_last(x))
+        if self._streams("encode", x, memory_budget):
+            h = self._stream("encode", x, memory_budget, spool_dir, step=step)
+        else:
+            h = self.encoder(channels_last(x))
         mu, log_variance = self.quant_conv_mu(h), self.quant_conv_log_sigma(h)
         return mu, torch.exp(log_variance.clamp(-30.0, 20.0) / 2)
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Latents (B, 4, X, Y, Z) -> (B, 1, 4X, 4Y, 4Z), about [0, 1] (not clipped), z's dtype."""
+    def decode(
+        self, z: Tensor, memory_budget: Budget = None, *, spool_dir: str | Path | None = None, hu: bool = False,
+        step: Step = None,
+    ) -> Tensor:  # fmt: skip
+        """Latents (B, 4, X, Y, Z) -> (B, 1, 4X, 4Y, 4Z), about [0, 1] (not clipped), z's dtype.
+
+        memory_budget  bytes, or "6GB": everything above the weights and z, the result included. None: what the device
+                       has free. Without a gradient the volume is decoded in patches of whole planes, exactly: every
+                       budget gives the same bits. docs/patches.md
+        spool_dir      a folder where files may hold tensors that do not fit the budget of a CPU; without it they are
+                       computed again. On a GPU they lie in the host's memory.
+        hu             int16 HU instead, rounded and clipped to [-1000, 1000]
+        step           called after every patch with the operations done
+        Raises         ValueError: another shape, latents that are not finite, a budget below the smallest plan (says
+                       which is); OSError: no room for the spool.
+        """
         check_volume("VAE.decode: z", z, self.config.latent_channels)
-        return self.decoder(self.post_quant_conv(channels_last(z)))
+        if self._streams("decode", z, memory_budget):
+            if not torch.isfinite(z).all():
+                raise ValueError("VAE.decode: z must be finite, got NaN or infinity in the latents")
+            return self._stream("decode", z, memory_budget, spool_dir, hu, step)
+        y = self.decoder(self.post_quant_conv(channels_last(z)))
+        return unit_to_hu(y) if hu else y
+
+    def _streams(self, direction: str, x: Tensor, budget: Budget) -> bool:
+        """Does t2ct.stream run it? Not where something must see the modules or differentiate through them."""
+        reason = ""
+        if watched(x):
+            reason = "tensors that are compiled, traced or transformed"
+        elif torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
+            reason = "a gradient"
+        elif any(_changed(m) for m in self.modules() if m is not self):
+            reason = "modules that were replaced or hooked"
+        if reason and budget is not None:
+            raise ValueError(f"VAE.{direction}: memory_budget does not go with {reason}")
+        return not reason
+
+    def _stream(self, direction, x, budget, spool_dir, hu: bool = False, step: Step = None) -> Tensor:
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        with torch.autocast(kind, enabled=False):
+            parameters = {k: p.detach().to(dtype) for k, p in self.named_parameters()}
+            return stream.execute(self.nodes(direction), parameters, x.to(dtype), budget, spool_dir,
+                                  unit_to_hu if hu else None, torch.int16 if hu else None, step)  # fmt: skip
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Reconstruction from a latent sampled as mu + sigma * noise, and mu, sigma: what training needs."""

@@ -20,6 +20,10 @@ from t2ct.ops.resample import upsample
 # csrc reads a convolution's weights once where oneDNN, which reorders them, moves them three times; that pays where
 # there are many weights and few voxels (benchmarks/bench_conv.py).
 MANY_WEIGHTS = 400_000
+# Up to this N * C * X * Y torch's convolution does not ask oneDNN (use_mkldnn in ATen/native/Convolution.cpp).
+TORCH_SMALL = 20480
+MKLDNN = torch.backends.mkldnn.is_available()
+Padding = int | tuple[int, int, int]
 # Folding makes 64 weights of 27, each time anew: not worth it for few voxels.
 FOLD_VOXELS = 1024
 
@@ -61,12 +65,13 @@ NOTES = {  # for explain(); {what} is what runs
 }
 
 
-def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 1,
+def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: Padding = 1,
            residual: Tensor | None = None, *, channel_bias: Tensor | None = None) -> Tensor:
     """Convolution [+ channel_bias] [+ residual], differentiable.
 
     x            (N, C, X, Y, Z), floating, any memory format
     weight       (O, C, K, K, K); bias (O,) or None; both in x's dtype and on its device
+    padding      zeros around x, of all axes or of each
     residual     like the result, added; channel_bias (N, O), added at every voxel
     Returns      (N, O, X', Y', Z') in x's dtype, in the memory format that the form which ran gives it.
     Raises       ValueError for other shapes and devices; RuntimeError for mixed dtypes (torch's own) and for a forced
@@ -76,7 +81,9 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 
     if _perhaps_triton(x):
         x, weight, bias, residual, channel_bias = autocast(x, weight, bias, residual, channel_bias)
         if by_triton("conv3d", x, weight, stride):
-            return conv_autograd.conv3d(x, weight, bias, residual, channel_bias, stride, padding)
+            if isinstance(padding, int):
+                return conv_autograd.conv3d(x, weight, bias, residual, channel_bias, stride, padding)
+            return _cropped(x, weight, bias, residual, channel_bias, stride, padding)
     y = _conv3d(x, weight, bias, stride, padding)
     if channel_bias is not None:
         y += channel_bias[:, :, None, None, None]  # in place: no gradient needs a convolution's output
@@ -85,13 +92,38 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 
     return y
 
 
-def _conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
+def _cropped(x, weight, bias, residual, channel_bias, stride, padding):
+    """Triton's kernel pads every axis alike: the planes that this makes too many are cut off."""
+    if stride != 1:
+        raise RuntimeError(f"conv3d: backend 'triton' cannot run: it pads axes unlike {padding} with stride 1 only")
+    most = max(padding)
+    y = conv_autograd.conv3d(x, weight, bias, None, channel_bias, 1, most)
+    for axis, p in enumerate(padding, 2):
+        y = y.narrow(axis, most - p, y.shape[axis] - 2 * (most - p))
+    return y if residual is None else y + residual
+
+
+def _conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: Padding) -> Tensor:
     if _inference(x, weight, bias) and tuple(weight.shape[2:]) == (3, 3, 3) and (stride, padding) == (1, 1):
         voxels = x.shape[0] * x.shape[2:].numel()
         pays = voxels <= conv_cpu.fast_voxels() and weight.numel() >= MANY_WEIGHTS and weight.is_contiguous()
         if forced() == "cpu" or (forced() not in CONV and pays and conv_cpu.refusal(x) is None):
             return choose("conv3d", {"cpu": CONV["cpu"]}, x)[1](x, weight, bias)
+    if _onednn(x, weight):
+        pads = (padding,) * 3 if isinstance(padding, int) else padding
+        return torch.mkldnn_convolution(x, weight, bias, pads, (stride,) * 3, (1, 1, 1), 1)
     return F.conv3d(x, weight, bias, stride, padding)
+
+
+def _onednn(x: Tensor, weight: Tensor) -> bool:
+    """Where torch takes a float32 volume for too small for oneDNN it writes every voxel 27 times and multiplies
+    matrices: 7 times slower at 10x96x48 voxels of 16 channels, and 27 times the memory. Few voxels under many weights
+    alone are better off so."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or watched(x) or torch.is_autocast_enabled("cpu"):
+        return False
+    small = x.shape[0] * x.shape[1] * x.shape[2] * x.shape[3] <= TORCH_SMALL
+    few = x.shape[0] * x.shape[2:].numel() <= conv_cpu.FAST_VOXELS["avx2"] and weight.numel() >= MANY_WEIGHTS
+    return bool(small and not few and weight.dtype == x.dtype and torch.backends.mkldnn.enabled and MKLDNN)
 
 
 def upsample_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, mode: str = "nearest") -> Tensor:
@@ -158,7 +190,7 @@ def _inference(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None,
-          channel_bias: Tensor | None = None, stride: int = 1, padding: int = 1) -> None:
+          channel_bias: Tensor | None = None, stride: int = 1, padding: Padding = 1) -> None:
     """ValueError unless the shapes and devices of a convolution's arguments fit."""
     if x.dim() != 5 or not x.numel() or not x.is_floating_point():
         raise ValueError(f"{op}: x must be non-empty, floating (N, C, X, Y, Z), got {tuple(x.shape)} {x.dtype}")
@@ -169,7 +201,9 @@ def check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Ten
     if channel_bias is not None and channel_bias.shape != (len(x), len(weight)):
         raise ValueError(f"{op}: channel_bias must be ({len(x)}, {len(weight)}), got {tuple(channel_bias.shape)}")
     if residual is not None:
-        size = ((m + 2 * padding - k) // stride + 1 for m, k in zip(x.shape[2:], weight.shape[2:], strict=True))
+        pads = (padding,) * 3 if isinstance(padding, int) else padding
+        axes = zip(x.shape[2:], weight.shape[2:], pads, strict=True)
+        size = ((m + 2 * p - k) // stride + 1 for m, k, p in axes)
         wanted = (len(x), len(weight), *size)
         if residual.shape != wanted:
             raise ValueError(f"{op}: residual must be {wanted}, got {tuple(residual.shape)}")

@@ -21,7 +21,7 @@ from t2ct.data.phantoms.report import write_report
 from t2ct.data.phantoms.scanner import scan
 
 if TYPE_CHECKING:
-    from t2ct.volume import Volume
+    from t2ct.data.volume import Volume
 
 FIELD_OF_VIEW = (352.0, 352.0, 320.0)  # mm: a whole adult chest
 
@@ -49,7 +49,7 @@ class Phantom:
     @cached_property
     def volume(self) -> Volume:
         """The CT as a `Volume`."""
-        from t2ct.volume import Volume
+        from t2ct.data.volume import Volume
 
         return Volume(self.hu, self.affine, prompt=self.prompt, seed=self.seed, provenance=self._facts())
 

@@ -1,0 +1,77 @@
+"""How much memory: what a user writes, what a device has free."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import torch
+
+UNITS = {"": 1, "B": 1} | {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}
+UNITS |= {f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)}
+MARGIN = 0.9  # of what is free: other programs and the allocator's own pages want some
+_NUMBER = re.compile(r"\s*(\d+(?:\.\d*)?(?:e\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+
+
+def parse_bytes(value: str | int | float, name: str = "memory_budget") -> int:
+    """6_000_000_000 of "6GB", "6 GB", 6e9 or "6e9"; "6GiB" is 6 * 1024^3.
+
+    Raises TypeError for what is no number or text, ValueError for text that says no size and for sizes below 1 byte.
+    """
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise TypeError(f'{name}: wanted bytes such as 6e9 or "6GB", got {type(value).__name__}')
+    number, unit = float("nan"), ""
+    if not isinstance(value, str):
+        number = float(value)
+    elif match := _NUMBER.fullmatch(value):
+        number, unit = float(match[1]), match[2].upper()
+    if unit not in UNITS or not math.isfinite(number) or number * UNITS[unit] < 1:
+        raise ValueError(f'{name}: wanted a positive size such as "6GB", "6GiB" or 6e9, got {value!r}')
+    return int(number * UNITS[unit])
+
+
+def format_bytes(count: float) -> str:
+    """1234567 -> "1.23 MB"."""
+    for unit in ("B", "kB", "MB"):
+        if abs(count) < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB" if count < 999.5 else f"{count / 1000:.3g} TB"
+
+
+def free_memory(device: torch.device | str) -> int:
+    """Bytes that new tensors on `device` may take, less a margin: of a GPU what its driver and torch's cache have free,
+    of a CPU what the system and this process's control group leave."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(MARGIN * (torch.cuda.mem_get_info(device)[0] + cached))
+    limits = [_available(), _control_group()]
+    known = [limit for limit in limits if limit is not None]
+    return int(MARGIN * min(known)) if known else 2**62
+
+
+def _available() -> int | None:
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        try:  # macOS and others: all of it, for want of better
+            import os
+
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        except (ValueError, OSError, AttributeError):
+            return None
+
+
+def _control_group(root: str = "/sys/fs/cgroup") -> int | None:
+    for limit, used in (("memory.max", "memory.current"),
+                        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):  # fmt: skip
+        try:
+            most = (Path(root) / limit).read_text().strip()
+            if most != "max":
+                return max(0, int(most) - int((Path(root) / used).read_text()))
+        except (OSError, ValueError):
+            continue
+    return None

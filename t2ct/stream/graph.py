@@ -1,0 +1,191 @@
+"""What a streamed network is: a list of convolutions, each with what comes before it and what is added to it.
+
+Nothing here touches a tensor: a plan is made of shapes alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+Size = tuple[int, int, int]
+
+# Voxels of one tile, a run of whole planes: large enough that a convolution's call costs nothing beside its work, small
+# enough that what a tile reads is still in the cache when it is read again. It never depends on the budget: every plan
+# makes the same calls, which is why every plan gives the same bits.
+TILE_VOXELS = {"cpu": 2**16, "cuda": 2**21}
+STATISTICS = 16  # bytes of the statistics of one group of one tile: mean and M2 in float64
+
+
+@dataclass(frozen=True)
+class Node:
+    """One tensor of the network: conv(silu(norm(resampled source))) + residual.
+
+    name: prefix of the convolution's parameters; "" for the input, which is nodes[0]. source, residual: indices of
+    nodes. resample: "up" (trilinear x2, before the convolution), "down" (a zero plane after the end of each axis, then
+    stride 2) or "". norm, shortcut: prefixes of the parameters of the GroupNorm and of the residual's 1x1x1
+    convolution, "" for none.
+    """
+
+    name: str
+    source: int
+    channels: int
+    kernel: int = 3
+    resample: str = ""
+    norm: str = ""
+    groups: int = 1
+    eps: float = 1e-6
+    silu: bool = True
+    residual: int | None = None
+    shortcut: str = ""
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """The nodes that it reads."""
+        return (self.source,) if self.residual is None else (self.source, self.residual)
+
+
+def padded(channels: int) -> int:
+    """Channels as a convolution's library blocks them: in sixteens."""
+    return -(-channels // 16) * 16
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Bytes of a node whole, of one tile, of its tiles' statistics, of its weights, of these as a library blocks them,
+    of the window that a tile convolves, of what plain torch makes on the way, of the buffers for reading its source and
+    its residual from a spool; operations of its convolutions."""
+
+    bytes: int
+    tile: int
+    statistics: int
+    weights: int
+    reordered: int
+    window: int
+    flops: int
+    generic: int
+    read_source: int
+    read_residual: int
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Nodes on grids: input of `size` voxels, `itemsize` bytes a number, on a device of kind "cpu" or "cuda".
+
+    generic: norms and doubling run as plain torch, which makes tensors on the way that the compiled forms do without.
+    """
+
+    nodes: tuple[Node, ...]
+    size: Size
+    itemsize: int
+    device: str = "cpu"
+    generic: bool = False
+
+    @cached_property
+    def sizes(self) -> tuple[Size, ...]:
+        """(X, Y, Z) of every node."""
+        sizes = [self.size]
+        for node in self.nodes[1:]:
+            x, y, z = sizes[node.source]
+            sizes.append({"": (x, y, z), "up": (2 * x, 2 * y, 2 * z), "down": (x // 2, y // 2, z // 2)}[node.resample])
+        return tuple(sizes)
+
+    @cached_property
+    def consumers(self) -> tuple[tuple[int, ...], ...]:
+        """The nodes that read each node."""
+        return tuple(tuple(m for m, other in enumerate(self.nodes) if m and n in other.inputs)
+                     for n in range(len(self.nodes)))  # fmt: skip
+
+    @cached_property
+    def normed(self) -> tuple[Node | None, ...]:
+        """Per node the consumer whose GroupNorm wants its statistics, or None."""
+        found: list[Node | None] = [None] * len(self.nodes)
+        for node in self.nodes[1:]:
+            if node.norm:
+                found[node.source] = node
+        return tuple(found)
+
+    def tile(self, n: int) -> int:
+        """Planes of a tile of node n: a power of two, at least 2, from the size of a plane alone."""
+        _, y, z = self.sizes[n]
+        planes = max(2, TILE_VOXELS[self.device] // (y * z))
+        return 1 << (planes.bit_length() - 1)
+
+    def tiles(self, n: int) -> list[tuple[int, int]]:
+        """The planes [start, stop) of every tile of node n."""
+        x, step = self.sizes[n][0], self.tile(n)
+        return [(start, min(start + step, x)) for start in range(0, x, step)]
+
+    def thickest(self, n: int) -> int:
+        """Planes of the largest tile of node n."""
+        return min(self.tile(n), self.sizes[n][0])
+
+    def plane(self, n: int) -> int:
+        """Bytes of one plane of node n."""
+        _, y, z = self.sizes[n]
+        return y * z * self.nodes[n].channels * self.itemsize
+
+    @cached_property
+    def costs(self) -> tuple[Costs, ...]:
+        """What every node takes; a search asks for it thousands of times."""
+        return tuple(self._costs(n) for n in range(len(self.nodes)))
+
+    def _costs(self, n: int) -> Costs:
+        x, y, z = self.sizes[n]
+        node, normed = self.nodes[n], self.normed[n]
+        whole = x * self.plane(n)
+        if n == 0:
+            return Costs(whole, *[0] * 9)
+        taps = node.kernel**3 * self.nodes[node.source].channels
+        shortcut = self.nodes[node.residual].channels if node.shortcut and node.residual is not None else 0
+        window = self.window_shape(n) or (0, 0, 0, 0)
+        return Costs(
+            bytes=whole,
+            tile=self.thickest(n) * self.plane(n),
+            statistics=STATISTICS * normed.groups * len(self.tiles(n)) if normed else 0,
+            weights=taps * node.channels * self.itemsize,
+            reordered=node.kernel**3 * padded(self.nodes[node.source].channels) * padded(node.channels) * self.itemsize,
+            window=window[0] * window[1] * window[2] * window[3] * self.itemsize,
+            flops=2 * x * y * z * node.channels * (taps + shortcut),
+            generic=self._generic(n),
+            read_source=self._read_source(n),
+            read_residual=0 if node.residual is None else self.thickest(n) * self.plane(node.residual),
+        )
+
+    def _generic(self, n: int) -> int:
+        """Bytes of plain torch's intermediate tensors: float32 and float64 of a tile or a window."""
+        if not self.generic:
+            return 0
+        window = self.window_shape(n) or (0, 0, 0, 0)
+        numbers = max(window[0] * window[1] * window[2] * window[3], self.thickest(n) * self.plane(n) // self.itemsize)
+        return 40 * numbers
+
+    def _read_source(self, n: int) -> int:
+        node, planes = self.nodes[n], self.thickest(n)
+        if node.resample == "up":
+            planes = planes // 2 + 2
+        elif node.resample == "down":
+            planes = 2 * planes + 1
+        elif self.window_shape(n):  # planes go straight into the window
+            planes = 0
+        return min(planes, self.sizes[node.source][0]) * self.plane(node.source)
+
+    def single(self, n: int) -> bool:
+        """Is node n's volume one tile?"""
+        return self.tile(n) >= self.sizes[n][0]
+
+    def window_shape(self, n: int) -> tuple[int, int, int, int] | None:
+        """(X, Y, Z, C) of what one tile of node n convolves: its planes and the neighbours (or zeros) before and after.
+
+        None where the convolution reads its source as it lies.
+        """
+        node, planes = self.nodes[n], self.thickest(n)
+        (_, y, z), c = self.sizes[node.source], self.nodes[node.source].channels
+        if node.resample == "down":
+            return 2 * planes + 1, y + 1, z + 1, c
+        halo = 0 if self.single(n) else 2
+        if node.resample == "up":
+            return planes + halo, 2 * y, 2 * z, c
+        if node.kernel == 1 or not (halo or node.norm):
+            return None
+        return planes + halo, y, z, c

@@ -1,0 +1,190 @@
+"""What a choice of places for the nodes of a graph takes: passes, buffers, bytes, operations. Pure arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from t2ct.stream.graph import Graph
+
+MEMORY, SPOOL, AGAIN, OUTPUT = "memory", "spool", "recompute", "output"
+HELD = 3  # tiles of a recomputed node that its readers may still want: see `run.Again`
+WORKSPACE = 2**15  # bytes of a convolution's scratch, weights apart
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Every tile of `node` once. store: keep them where the node's place is; otherwise only its statistics are wanted.
+
+    chain: the recomputed nodes that run along. in_place: the node whose memory this one takes over, tile by tile.
+    outside: bytes that the convolutions allocate beside the arena.
+    """
+
+    node: int
+    store: bool
+    chain: tuple[int, ...]
+    in_place: int | None
+    outside: int
+    flops: int
+    spooled: int
+
+    @property
+    def runs(self) -> tuple[int, ...]:
+        """All nodes that are computed."""
+        return (*self.chain, self.node)
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """`bytes` of the arena that are taken from pass `first` to pass `last`. key: (node, what, pass), what being "node",
+    "window", or "source" or "residual" for reading these from the spool; pass is 0 for a node's own."""
+
+    key: tuple[int, str, int]
+    bytes: int
+    first: int
+    last: int
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """The passes in order, what they hold, and the bytes of nodes that lie in the spool at each pass."""
+
+    passes: tuple[Pass, ...]
+    buffers: tuple[Buffer, ...]
+    spool: int
+
+    @property
+    def flops(self) -> int:
+        return sum(p.flops for p in self.passes)
+
+    @property
+    def spooled(self) -> int:
+        return sum(p.spooled for p in self.passes)
+
+    def live(self, p: int) -> int:
+        """Bytes of the arena in use during pass p, if nothing is lost between buffers."""
+        return sum(b.bytes for b in self.buffers if b.first <= p <= b.last)
+
+    def peak(self, outside: int) -> int:
+        """The peak if packing loses nothing, where `outside` bytes are allocated beside the arena at least once."""
+        return max((self.live(i) + max(p.outside, outside) for i, p in enumerate(self.passes)), default=0)
+
+
+def chain_of(graph: Graph, place: Sequence[str], n: int) -> tuple[int, ...]:
+    """The recomputed nodes that node n needs, in order."""
+    found: set[int] = set()
+    todo = list(graph.nodes[n].inputs)
+    while todo:
+        m = todo.pop()
+        if m and place[m] == AGAIN and m not in found:
+            found.add(m)
+            todo += graph.nodes[m].inputs
+    return tuple(sorted(found))
+
+
+def _outside(graph: Graph, runs: Sequence[int]) -> int:
+    """Bytes of the tiles that convolutions return, of the last node one, of recomputed ones all that are held; and of a
+    convolution's weights, channels-last and once more as the library wants them."""
+    tiles = 0
+    for r in runs:
+        cost = graph.costs[r]
+        tiles += cost.tile * ((1 if r == runs[-1] else HELD) + bool(graph.nodes[r].shortcut)) + cost.statistics
+    costs = [graph.costs[r] for r in runs]
+    return tiles + max(cost.weights + cost.reordered + cost.generic for cost in costs) + WORKSPACE
+
+
+def simulate(graph: Graph, place: Sequence[str], nodes: range) -> Simulation:
+    """Compute `nodes` of the graph with every node in its place; place[n] is MEMORY, SPOOL, AGAIN or OUTPUT.
+
+    Nodes before the range that it reads are there already, and are held until they were read.
+    """
+    steps = [(n, place[n] != AGAIN) for n in nodes if place[n] != AGAIN or graph.normed[n]]
+    chains = [chain_of(graph, place, n) for n, _ in steps]
+    reads = [{m for r in (n, *chain) for m in graph.nodes[r].inputs if place[m] != AGAIN}
+             for (n, _), chain in zip(steps, chains, strict=True)]  # fmt: skip
+    last = {m: p for p, read in enumerate(reads) for m in read}
+    spooled = tuple(where == SPOOL for where in place)
+
+    passes: list[Pass] = []
+    held: dict[int, Buffer] = {
+        m: Buffer((m, "node", 0), graph.costs[m].bytes, 0, last[m])
+        for m in last
+        if m not in nodes and place[m] == MEMORY
+    }
+    done: list[Buffer] = []
+    files = {m: graph.costs[m].bytes for m in last if m not in nodes and place[m] == SPOOL}
+    most = sum(files.values())
+    for p, ((n, store), chain) in enumerate(zip(steps, chains, strict=True)):
+        runs = (*chain, n)
+        moved = sum(graph.costs[m].bytes for r in runs for m in graph.nodes[r].inputs if spooled[m])
+        in_place = None
+        if store and place[n] == SPOOL:
+            moved += graph.costs[n].bytes
+            files[n] = graph.costs[n].bytes
+            most = max(most, sum(files.values()))
+        elif store and place[n] == MEMORY:
+            in_place = _in_place(graph, n, p, last, held, chain)
+            until = last.get(n, len(steps) - 1)  # unread in this range: the next one wants it
+            if in_place is None:
+                held[n] = Buffer((n, "node", 0), graph.costs[n].bytes, p, until)
+            else:
+                held[n] = replace(held.pop(in_place), last=until)
+        for r in runs:
+            for kind, size in _scratch(graph, r, spooled):
+                if size:
+                    done.append(Buffer((r, kind, p), size, p, p))
+        for m in [m for m, b in held.items() if b.last == p]:
+            done.append(held.pop(m))
+        files = {m: size for m, size in files.items() if last.get(m, len(steps)) > p}
+        passes.append(Pass(
+            n, store, chain, in_place,
+            _outside(graph, runs), sum(graph.costs[r].flops for r in runs), moved,
+        ))  # fmt: skip
+    return Simulation(tuple(passes), (*done, *held.values()), most)
+
+
+def _scratch(graph: Graph, n: int, spooled: Sequence[bool]) -> Sequence[tuple[str, int]]:
+    """What tiles of node n take of the arena while they are computed."""
+    node, cost = graph.nodes[n], graph.costs[n]
+    residual = node.residual is not None and spooled[node.residual]
+    return (("window", cost.window), ("source", cost.read_source if spooled[node.source] else 0),
+            ("residual", cost.read_residual if residual else 0))  # fmt: skip
+
+
+def _in_place(graph: Graph, n: int, p: int, last, held: dict[int, Buffer], chain: tuple[int, ...]) -> int | None:
+    """The node over whose memory node n can be written while it is read: a tile's neighbours were read before it.
+
+    Its source, of which the window keeps the planes still wanted; or its residual, read voxel by voxel, which
+    recomputed nodes between read further ahead than n writes.
+    """
+    node = graph.nodes[n]
+    for m in (node.source, node.residual):
+        if m is None or last.get(m) != p or m not in held or held[m].bytes != graph.costs[n].bytes or node.resample:
+            continue
+        elsewhere = m == node.residual or any(m in graph.nodes[r].inputs for r in chain)
+        if m == node.source and (node.kernel == 1 or elsewhere):
+            continue
+        if m == node.residual and node.shortcut:
+            continue
+        return m
+    return None
+
+
+def pack(buffers: Sequence[Buffer]) -> tuple[tuple[Buffer, ...], int]:
+    """The buffers with offsets in one arena, and its size: the largest first, each as low as nothing is in its way."""
+    placed: list[Buffer] = []
+    for buffer in sorted(buffers, key=lambda b: (-b.bytes, b.first, b.key)):
+        offset = 0
+        for other in sorted((b for b in placed if b.first <= buffer.last and buffer.first <= b.last),
+                            key=lambda b: b.offset):  # fmt: skip
+            if offset + buffer.bytes <= other.offset:
+                break
+            offset = max(offset, aligned(other.offset + other.bytes))
+        placed.append(replace(buffer, offset=offset))
+    return tuple(placed), max((b.offset + b.bytes for b in placed), default=0)
+
+
+def aligned(count: int) -> int:
+    """Rounded up to 64 bytes: a cache line, and more than any dtype or vector wants."""
+    return -(-count // 64) * 64
