@@ -23,7 +23,8 @@ from t2ct.config import PipelineConfig
 from t2ct.data.volume import Volume
 from t2ct.diffusion import check_guidance_scale, guided, make_schedule, sample
 from t2ct.files import check_output_folder, write_files
-from t2ct.models import CLIP3D, VAE, UNet, unit_to_hu
+from t2ct.models import CLIP3D, VAE, UNet
+from t2ct.stream import parse_bytes
 from t2ct.text import Tokenizer, form_prompt
 
 OUTPUTS = ("volume", "pt", "np", "latent")
@@ -120,6 +121,8 @@ class T2CTPipeline:
         size: Sequence[int] | None = None,
         spacing: Sequence[float] | None = None,
         progress: bool = True,
+        memory_budget: str | float | None = None,
+        spool_dir: str | Path | None = None,
     ) -> Any:
         """Generate one CT per prompt.
 
@@ -135,6 +138,8 @@ class T2CTPipeline:
         callback_on_step_end  called as f(pipe, step, timestep, {"latents": x}); a dict that it returns replaces them
         size, spacing         voxels and mm; default: what the model was trained on. Every axis of size must be a
                               multiple of `config.factor`
+        memory_budget         bytes, or "6GB", for decoding: `VAE.decode`; the same bits whatever it is
+        spool_dir             where decoding on a CPU may keep files: `VAE.decode`
         Raises TypeError or ValueError before sampling; RuntimeError if the network gives non-finite numbers.
         """
         if output_type not in OUTPUTS:
@@ -142,6 +147,10 @@ class T2CTPipeline:
         check_guidance_scale(guidance_scale)
         size, spacing = check_size(size or self.size, self.config.factor), check_spacing(spacing or self.spacing)
         shape = tuple(n // self.config.vae.factor for n in size)
+        as_hu = output_type == "volume"
+        if output_type != "latent":  # a budget that is too small shows before the sampling, not after
+            latent = (1, self.config.vae.latent_channels, *shape)
+            plan = self.vae.plan("decode", latent, memory_budget, spool_dir=spool_dir, hu=as_hu)
         steps = make_schedule(num_inference_steps, int(np.prod(shape)), self.config.schedule, self.config.base_voxels)
         several = prompt is not None and not isinstance(prompt, (str, Mapping))
         texts = form_prompts(prompt, several, prompt_embeds)
@@ -170,9 +179,18 @@ class T2CTPipeline:
                 )
             if output_type == "latent":
                 return z
-            units = [
-                self.vae.decode(one[None] / self.config.scale_factor)[0, 0] for one in z
-            ]  # one by one: less memory
+            bar = tqdm(total=batch * plan.flops, desc="decoding", unit="FLOP", unit_scale=True, disable=not progress)
+            with bar:  # one by one: less memory
+                units = [
+                    self.vae.decode(
+                        one[None] / self.config.scale_factor,
+                        memory_budget,
+                        spool_dir=spool_dir,
+                        hu=as_hu,
+                        step=bar.update,
+                    )[0, 0]
+                    for one in z
+                ]
         if output_type in ("pt", "np"):
             hu = torch.stack([(u.float() * 2000 - 1000).clamp_(-1000, 1000) for u in units])
             return hu if output_type == "pt" else hu.cpu().numpy()
@@ -190,7 +208,7 @@ class T2CTPipeline:
         affine = centred_affine(size, spacing)
         recorded: Sequence[str | None] = texts or [None] * batch
         volumes = [
-            Volume(unit_to_hu(u).cpu().numpy(), affine, text, seed, {**provenance, "batch_index": i})
+            Volume(u.cpu().numpy(), affine, text, seed, {**provenance, "batch_index": i})
             for i, (u, text) in enumerate(zip(units, recorded, strict=True))
         ]
         return volumes if several or prompt is None else volumes[0]
@@ -279,6 +297,8 @@ def generate(
     dtype: torch.dtype | None = None,
     progress: bool = True,
     negative_prompt: str | None = None,
+    memory_budget: str | float | None = None,
+    spool_dir: str | Path | None = None,
 ) -> Volume:
     """A chest CT from the text of a report.
 
@@ -286,6 +306,7 @@ def generate(
     model   default: the small model in the package; see `T2CTPipeline.from_pretrained`; or a loaded pipeline
     seed    >= 0; the same seed gives the same bits on the same device. None draws one, recorded in the volume
     size    voxels (X, Y, Z); spacing mm; default: what the model was trained on
+    memory_budget, spool_dir  bytes or "6GB" for decoding, and a folder for what does not fit: `VAE.decode`
     Returns a `Volume`: int16 HU, RAS affine in mm. Errors as `T2CTPipeline.__call__`, all before sampling.
     """
     form_prompt(text)  # the cheap checks first: loading may take a while
@@ -297,6 +318,8 @@ def generate(
         check_size(size, 4)
     if spacing is not None:
         check_spacing(spacing)
+    if memory_budget is not None:
+        parse_bytes(memory_budget)
     pipe = model if isinstance(model, T2CTPipeline) else _cached(model, device, dtype)
     return pipe(
         text,
@@ -307,6 +330,8 @@ def generate(
         size=size,
         spacing=spacing,
         progress=progress,
+        memory_budget=memory_budget,
+        spool_dir=spool_dir,
     )
 
 

@@ -114,9 +114,9 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        x = ctx.saved_tensors[0]
-        kernel = choose("group_norm_backward", BACKWARD, x)[1]
-        return *kernel(dy, *ctx.saved_tensors, *ctx.constants), None, None, None
+        saved = ctx.saved_tensors  # once: activation checkpointing computes them when they are asked for
+        kernel = choose("group_norm_backward", BACKWARD, saved[0])[1]
+        return *kernel(dy, *saved, *ctx.constants), None, None, None
 
 
 def _dense(x: Tensor) -> Tensor:

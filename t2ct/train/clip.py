@@ -23,6 +23,7 @@ from t2ct.train.data.order import Draw, Samples, generator
 from t2ct.train.data.source import Item, Source
 from t2ct.train.parts.codebook import SteadyQuantizer
 from t2ct.train.parts.folders import export_folder
+from t2ct.train.parts.tokens import token_ids
 from t2ct.train.recipe import Batch, Recipe, Shown, gather, last_only, ranks
 from t2ct.train.show.figures import recall
 
@@ -45,7 +46,7 @@ class Reports:
     def __call__(self, item: Item, draw: Draw) -> Batch:
         texts, rng = self.entries[draw[0]].texts, generator(self.config.seed, draw[1])
         text = texts[int(torch.randint(len(texts), (1,), generator=rng))]
-        ids = self.tokenizer.encode([text], self.config.model.clip.text.max_length)[0]
+        ids = token_ids(self.tokenizer, [text], self.config.model.clip.text.max_length)[0]
         return {"volume": torch.from_numpy(item.hu)[None], "ids": ids}
 
 
@@ -55,6 +56,7 @@ class CLIPRecipe(Recipe):
     config: CLIPTraining
     shown = ("hit", "scale")
     better = 1
+    wide = True  # the projection takes the tokens of a whole cross-section
 
     def __init__(
         self, config: CLIPTraining, model: CLIP3D, tokenizer: Tokenizer | None, source: Source | None,
@@ -156,7 +158,7 @@ class CLIPRecipe(Recipe):
         device, count = next(weights.parameters()).device, min(len(self.valid), self.config.valid_count)
         texts, volumes = [], []
         for i in range(count):
-            ids = self.tokenizer.encode(self.valid.entries[i].texts[:1], self.config.model.clip.text.max_length)
+            ids = token_ids(self.tokenizer, self.valid.entries[i].texts[:1], self.config.model.clip.text.max_length)
             texts.append(weights.encode_text(ids.to(device))[:, 0])  # type: ignore[operator]
             hu = torch.from_numpy(self.valid.read(i).hu)[None, None].to(device)
             volumes.append(weights.encode_volume(hu.float()))  # type: ignore[operator]
@@ -166,11 +168,11 @@ class CLIPRecipe(Recipe):
     def export(self, folder: Path, weights: nn.Module) -> None:
         export_folder(folder, self.config, clip=weights, tokenizer=self.tokenizer)
 
-    def example(self, device: torch.device, batch: int, scale: float) -> Batch:
+    def example(self, device: torch.device, batch: int, depth: float = 1.0, width: float = 1.0) -> Batch:
         vision, text = self.config.model.clip.vision, self.config.model.clip.text
         x, _, z = self.config.model.size
-        depth = max(1, round(z * scale / vision.temporal_patch_size)) * vision.temporal_patch_size
-        volume = torch.randint(-1000, 1000, (batch, 1, x, x, depth), dtype=torch.int16)
+        slabs = max(1, round(z * depth / vision.temporal_patch_size))
+        volume = torch.randint(-1000, 1000, (batch, 1, x, x, slabs * vision.temporal_patch_size), dtype=torch.int16)
         ids = torch.randint(0, text.eot_id, (batch, text.max_length))
         ids[:, -1] = text.eot_id
         return {"volume": volume.to(device), "ids": ids.to(device)}

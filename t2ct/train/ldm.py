@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from t2ct.train.data.order import Draw, Samples, generator
 from t2ct.train.latents import Latent, LatentSource
 from t2ct.train.parts.folders import export_folder
 from t2ct.train.parts.lora import lora_state, merged
+from t2ct.train.parts.tokens import token_ids
 from t2ct.train.recipe import Batch, Recipe, Shown
 
 SCALE_LATENTS = 256  # latents that the scale factor is measured on, where there are so many
@@ -136,7 +138,7 @@ class LDMRecipe(Recipe):
     def _embed(self, texts: Sequence[str]) -> Tensor:
         assert self.clip is not None and self.tokenizer is not None
         device = next(self.clip.parameters()).device
-        ids = self.tokenizer.encode(texts, self.config.model.clip.text.max_length)
+        ids = token_ids(self.tokenizer, texts, self.config.model.clip.text.max_length)
         return self.clip.encode_text(ids.to(device))[:, 0].float()
 
     def validate(self, weights: nn.Module, folder: Path, step: int) -> dict[str, float]:
@@ -163,7 +165,9 @@ class LDMRecipe(Recipe):
         clip, tokens = self.clip, self.tokenizer
         pipe = T2CTPipeline(self._pipeline_config(), self.vae, weights, clip, tokens, f"step {step}")  # type: ignore
         for i, text in enumerate(texts):
-            volume = pipe(text, generator=i, num_inference_steps=self.config.preview_steps, progress=False)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # of a report that is cut: the run has said so
+                volume = pipe(text, generator=i, num_inference_steps=self.config.preview_steps, progress=False)
             volume.preview(folder / f"volume-{step:08d}-{i}.png")
 
     def _pipeline_config(self) -> Any:
@@ -178,10 +182,11 @@ class LDMRecipe(Recipe):
                 folder, self.config, vae=self.vae, clip=self.clip, unet=unet, tokenizer=self.tokenizer, scale=self.scale
             )
 
-    def example(self, device: torch.device, batch: int, scale: float) -> Batch:
+    def example(self, device: torch.device, batch: int, depth: float = 1.0, width: float = 1.0) -> Batch:
         c, f = self.config.model, self.config.model.unet.factor
-        x, y, z = (n // c.vae.factor for n in c.size)
-        shape = (c.unet.in_channels, x, y, max(1, round(z * scale / f)) * f)
+        full = [n // c.vae.factor for n in c.size]
+        small = [max(1, round(n * share / f)) * f for n, share in zip(full, (width, width, depth), strict=True)]
+        shape = (c.unet.in_channels, *small)
         made = {
             "x0": torch.randn(batch, *shape),
             "noise": torch.randn(batch, *shape),

@@ -1,8 +1,8 @@
 """How much memory a run takes, before it takes it.
 
-Small steps are run and their peaks measured on the very device, with its kernels: batch 1 and 2, two depths. Peaks grow
-linearly with samples and with voxels, so three of them give the peak of any step; what stands still (weights,
-optimiser, average) is counted.
+Small steps are run and their peaks measured on the very device, with its kernels: batches of one to three, two depths.
+Peaks grow linearly with samples and with voxels, so few of them give the peak of any step; what stands still (weights,
+optimiser, average, input) is counted.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -28,8 +28,9 @@ from t2ct.train.config import CLIPTraining, LDMTraining, Training, VAETraining
 from t2ct.train.loop import find_precision
 from t2ct.train.recipe import Recipe
 
-MARGIN = 1.05  # over what is measured: allocators round up
+MARGIN = 1.1  # over the line through what is measured: small steps choose other kernels, allocators round up
 PROBE = 1 / 8  # of a volume's depth, at least
+CPU_VOXELS = 2**14  # of a probe on a CPU, about
 UNITS = {"": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2.0**10, "MIB": 2.0**20, "GIB": 2.0**30}
 
 
@@ -100,9 +101,9 @@ def probe_recipe(kind: str, config: Training, device: torch.device) -> Recipe:
     return LDMRecipe(config, UNet(config.model.unet).to(device), None, None, None, None)
 
 
-def fixed_bytes(config: Training, recipe: Recipe) -> float:
-    """Weights, gradients, optimiser and average of a recipe, and networks that are only used."""
-    total = 0.0
+def fixed_bytes(config: Training, recipe: Recipe, share: int) -> float:
+    """Weights, gradients, optimiser and average of a recipe, networks that are only used, `share` samples of input."""
+    total = float(share * sum(v.nbytes for v in recipe.example(torch.device("cpu"), 1).values()))
     for i, (name, part) in enumerate(recipe.parts.items()):
         state = sum(v.nbytes for v in part.state_dict().values())
         total += state + (state if i == 0 and config.ema else 0)
@@ -141,9 +142,9 @@ def peak_of(run: Callable[[], Any], device: torch.device) -> float:
     return float(peak)
 
 
-def _probe(recipe: Recipe, device: torch.device, precision: torch.dtype, batch: int, scale: float) -> Any:
+def _probe(recipe: Recipe, device: torch.device, precision: torch.dtype, batch: int, depth: float, width: float) -> Any:
     """(peak bytes of activations, seconds, voxels) of the gradients of one small micro-batch."""
-    made = recipe.example(device, batch, scale)
+    made = recipe.example(device, batch, depth, width)
     size = next(iter(made.values())).numel() / batch
 
     def autocast() -> Any:
@@ -175,20 +176,29 @@ def measure(kind: str, config: Training, device: torch.device, blocks: bool) -> 
     if blocks:
         checkpoint_blocks(recipe.parts)
     precision = find_precision(config.precision, device)
-    full = next(iter(recipe.example(torch.device("cpu"), 1, 1.0).values())).numel()
-    thin, seconds, size = _probe(recipe, device, precision, 1, PROBE)
-    double, seconds_double, _ = _probe(recipe, device, precision, 2, PROBE)
-    deep, seconds_deep, size_deep = _probe(recipe, device, precision, 1, 2 * PROBE)
-    if size_deep > size:
-        a_voxel, a_voxel_time = (deep - thin) / (size_deep - size), (seconds_deep - seconds) / (size_deep - size)
-    else:
-        a_voxel, a_voxel_time = 0.0, 0.0
-    a_sample = max(double - thin, 0.0) + max(a_voxel, 0.0) * (full - size)
-    once = max(thin - (double - thin), 0.0)
+    whole = next(iter(recipe.example(torch.device("cpu"), 1).values()))
+    full, least = whole.numel(), recipe.least
+    share = min(1.0, max(PROBE, least / whole.shape[-1]))
+    shares, width = (share, min(1.0, 2 * share)), 1.0
+    if device.type == "cpu" and not recipe.wide:  # less of a volume, so that the answer takes seconds
+        width = min(1.0, max(least / whole.shape[-2], (CPU_VOXELS / (full * share)) ** 0.5))
+
+    @cache
+    def at(batch: int) -> tuple[float, float]:
+        """(bytes, seconds) of a whole-sized micro-batch: the line through two depths."""
+        (low, quick, size), (high, slow, deep) = (_probe(recipe, device, precision, batch, s, width) for s in shares)
+        further = (full - deep) / (deep - size) if deep > size else 0.0
+        return max(high, high + (high - low) * further), max(slow, slow + (slow - quick) * further)
 
     def predict(micro: int) -> tuple[float, float]:
-        sample_time = max(seconds + a_voxel_time * (full - size), seconds)
-        return MARGIN * (once + a_sample * micro), sample_time * micro
+        # A batch of one is no line's beginning: convolutions choose other layouts for it.
+        if micro <= 2:
+            memory, seconds = at(micro)
+        else:
+            (memory, seconds), (more, longer) = at(2), at(3)
+            memory += (micro - 2) * max(more - memory, 0.0)
+            seconds += (micro - 2) * max(longer - seconds, 0.0)
+        return MARGIN * memory, seconds
 
     return predict
 
@@ -202,7 +212,7 @@ def make_plan(kind: str, config: Training, device: torch.device, world: int = 1)
     limit = read_size(config.memory) if config.memory else 0.0
     with torch.random.fork_rng(devices=[]):
         recipe = probe_recipe(kind, config, device)
-        fixed = fixed_bytes(config, recipe)
+        fixed = fixed_bytes(config, recipe, share)
         del recipe
         smallest = math.inf
         for blocks in (True,) if config.checkpoint_blocks else (False, True):

@@ -59,6 +59,8 @@ class Optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = factor * self.rates[name]
             optimiser.step()
+        for matrix in self.matrices.values():
+            matrix.grad = None  # a copy, where the gradient lay channels-last
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor of the optimisers' memory, as "muon.key.momentum_buffer"."""

@@ -46,6 +46,8 @@ class Recipe:
     config: Training
     parts: dict[str, nn.Module]
     shown: tuple[str, ...] = ()  # what `loss` shows besides its value
+    least = 1  # voxels (of what `example` makes) along an axis that the networks need
+    wide = False  # does a network need the whole width of a volume?
     better = 1  # is a larger score of `validate` better (1), or a smaller (-1)?
 
     def samples(self) -> Samples:
@@ -96,8 +98,8 @@ class Recipe:
         """Write the final weights and their config.json."""
         raise NotImplementedError
 
-    def example(self, device: torch.device, batch: int, scale: float) -> Batch:
-        """A batch of the shapes that training sees (`scale` times as many voxels), for measuring memory."""
+    def example(self, device: torch.device, batch: int, depth: float = 1.0, width: float = 1.0) -> Batch:
+        """A batch of the shapes that training sees, of a share of their depth and width, for measuring memory."""
         raise NotImplementedError
 
 

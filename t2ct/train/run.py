@@ -37,6 +37,7 @@ from t2ct.train.ldm import LDMRecipe
 from t2ct.train.memory import Plan, checkpoint_blocks, make_plan
 from t2ct.train.parts.folders import find_folder, load_part, load_tokenizer, start_from
 from t2ct.train.parts.lora import add_lora
+from t2ct.train.parts.tokens import warn_of_cuts
 from t2ct.train.presets import DEFAULT_DATA, before, preset
 from t2ct.train.recipe import Recipe, ranks
 from t2ct.train.show.report import write_report
@@ -283,6 +284,9 @@ def _tokenizer(config: CLIPTraining, source: Source, root: Path) -> Tokenizer:
         raise ValueError(f"tokenizer: wanted {wanted} tokens (model.clip.text.vocab_size), got {found.vocab_size}")
     if ranks()[0] == 0 and not path.exists():
         write_files({path: found.to_json().encode()})
+    if ranks()[0] == 0:
+        texts = [text for entry in source.entries for text in entry.texts]
+        warn_of_cuts(found, texts, config.model.clip.text.max_length)
     return found
 
 

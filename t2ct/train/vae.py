@@ -86,6 +86,7 @@ class VAERecipe(Recipe):
         self.pairs: list[tuple[Tensor, Tensor]] = []
         if config.adversarial_weight:
             self.critic = Critic(config.critic_channels, config.critic_layers)
+            self.least = 4 * 2**config.critic_layers
             self.parts["critic"] = self.critic.to(next(model.parameters()).device)
         self.shown = ("l1_hu", "kl", "sigma", "offset_hu", "perceptual", "fooled")
 
@@ -167,12 +168,11 @@ class VAERecipe(Recipe):
     def export(self, folder: Path, weights: nn.Module) -> None:
         export_folder(folder, self.config, vae=weights)
 
-    def example(self, device: torch.device, batch: int, scale: float) -> Batch:
+    def example(self, device: torch.device, batch: int, depth: float = 1.0, width: float = 1.0) -> Batch:
         f, z = self.config.model.vae.factor, self.config.model.vae.latent_channels
-        x, y, depth = max(self.config.patches, key=lambda p: p[0] * p[1] * p[2])
-        depth = max(f, round(depth * scale / f) * f)
-        shape = (x // f, y // f, depth // f)
-        made = {"x": torch.rand(batch, 1, x, y, depth), "noise": torch.randn(batch, z, *shape)}
+        full = max(self.config.patches, key=lambda p: p[0] * p[1] * p[2])
+        small = [max(f, round(n * share / f) * f) for n, share in zip(full, (width, width, depth), strict=True)]
+        made = {"x": torch.rand(batch, 1, *small), "noise": torch.randn(batch, z, *(n // f for n in small))}
         return {name: value.to(device) for name, value in made.items()}
 
 

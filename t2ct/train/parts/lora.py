@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,8 +74,11 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
                 m.down, m.up = down, up
 
 
-def apply_lora(model: nn.Module, path: str | Path) -> None:
-    """Add the adapters in a file to the weights of `model`, in place. ValueError where they do not fit."""
+def apply_lora(model: nn.Module, path: str | Path) -> str:
+    """Add the adapters in a file to the weights of `model`, in place; returns the file's sha256.
+
+    ValueError where they do not fit.
+    """
     try:
         with safe_open(path, "pt") as file:
             found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  safe_open has no iteration
@@ -93,3 +97,4 @@ def apply_lora(model: nn.Module, path: str | Path) -> None:
                 raise ValueError(f"lora: {name} wanted {wanted}, got {(up.shape[0], down.shape[1])} in {path}")
             weight = layer.weight.float() + (up @ down).to(layer.weight.device)
             layer.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False)
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

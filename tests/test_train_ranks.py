@@ -1,0 +1,88 @@
+"""Two processes compute what one computes: gradients within 1e-5, for every recipe. Run by torchrun, over gloo."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small import SMALL
+
+from t2ct.train import train
+from t2ct.train.config import to_toml
+from t2ct.train.presets import preset
+
+KINDS = {
+    "vae": {"patches": [[16, 16, 16]], "patch_from": [0.0], "critic_from": 0.0, "critic_channels": 4,
+            "critic_layers": 1, "learning_rate": 1e-4},
+    "clip": {"learning_rate": 1e-4, "tokenizer": "tokenizer.json"},
+    "ldm": {"learning_rate": 1e-4, "latents": "sampled", "preview_steps": 1},
+}  # fmt: skip
+COMMON = {"steps": 2, "batch": 4, "micro": 1, "precision": "float32", "ema": 0.5, "schedule": "constant", "warmup": 0}
+
+
+def train_all(root: Path) -> None:
+    for kind, values in KINDS.items():
+        values = dict(values)
+        if kind == "clip":
+            values["tokenizer"] = str(root.parent / "tokenizer.json")
+        if kind == "ldm":  # the same VAE and text tower for both
+            values |= {"vae": str(root.parent / "model"), "clip": str(root.parent / "model")}
+        made = root.parent / f"{kind}.toml"
+        train(kind, "phantoms:8", root / kind, preset="published", config=made, quiet=True, device="cpu", resume=True,
+              **COMMON, **values)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(published, tmp_path_factory):
+    """The folders of one process and of two."""
+    from t2ct.pipeline import T2CTPipeline
+
+    folder = tmp_path_factory.mktemp("ranks")
+    T2CTPipeline.from_pretrained(published, "cpu", torch.float32).save_pretrained(folder / "model")
+    (folder / "tokenizer.json").write_bytes((folder / "model" / "tokenizer.json").read_bytes())
+    from dataclasses import replace
+
+    for kind in KINDS:
+        (folder / f"{kind}.toml").write_text(to_toml(replace(preset(kind, "published"), model=SMALL, seed=3)))
+    torch.set_num_threads(1)
+    train_all(folder / "one")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
+    done = subprocess.run([*launch, str(folder / "two")], capture_output=True, text=True, timeout=300,
+                          env={**__import__("os").environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_are_one(runs, kind):
+    one, two = (load_file(runs / n / kind / "checkpoints/step-00000002.safetensors") for n in ("one", "two"))
+    assert one.keys() == two.keys()
+    moments = [k for k in one if k.endswith("exp_avg")]  # linear in the gradients
+    assert len(moments) > 20
+    parts = {k.split(".")[1] for k in moments}
+    assert parts == ({"vae", "critic"} if kind == "vae" else {"unet"} if kind == "ldm" else {"clip"})
+    for part in parts:
+        own = [k for k in moments if k.split(".")[1] == part]
+        largest = max(one[k].abs().max() for k in own)
+        assert largest > 0
+        for key in own:
+            assert (one[key] - two[key]).abs().max() <= 1e-5 * largest, key
+    for key in one:  # Adam turns the rounding of a gradient that is nothing into a step: at most two of them
+        if key.startswith(("part.", "ema.")) and one[key].is_floating_point() and "cluster_size" not in key:
+            assert torch.allclose(one[key].float(), two[key].float(), atol=4.1e-4), key
+    if kind == "clip":
+        for name in ("embed", "cluster_size"):
+            key = f"part.clip.model.vision_model.vq._codebook.{name}"
+            assert torch.allclose(one[key], two[key], atol=1e-4), name
+
+
+def test_latents_are_shared_out_and_the_same(runs):
+    one, two = (load_file(runs / n / "ldm/latents/train/latents-00000.safetensors") for n in ("one", "two"))
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    train_all(Path(sys.argv[1]))
