@@ -1,24 +1,25 @@
-"""Trilinear doubling of channels-last volumes: torch against csrc, into new memory, into memory that is there (`out`),
-and with the gradient.
+"""Trilinear doubling: torch in both memory formats against t2ct, into new memory, into memory that is there, and with
+the gradient. The peers take turns; each first proves itself against float64 on a small odd volume of the same width.
 
-Traffic model: x read and y written, once; the gradient reads dy and writes dx. New memory is given by the system page
-by page, zeroed, to both alike, which takes as long as the work itself.
+Traffic model: x read and y written, once; the gradient reads dy and writes dx. New memory comes from the system page by
+page, zeroed, to all alike, and that takes as long as the work.
 """
-
-import functools
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import DEVICE
+from work import Work
 
 from t2ct.ops import upsample
-from t2ct.ops.dispatch import forced, why_not
 
+LAST = torch.channels_last_3d
 # (N, C, X, Y, Z): two doublings of the published VAE, two of the embedded model's size, one small
 SHAPES = ((1, 64, 32, 32, 32), (1, 128, 32, 64, 64), (1, 32, 24, 24, 12), (1, 16, 48, 48, 24), (1, 64, 4, 4, 4))
 DTYPES = (torch.float32, torch.bfloat16)
-PEERS = ("torch", "cpu")
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
+KINDS = ("forward", "forward into memory that is there", "forward + gradient")
+ids = {"ids": lambda v: str(v).removeprefix("torch.")}
 
 
 def definition(x):
@@ -30,43 +31,54 @@ def into(x, out):
     return torch.ops.aten.upsample_trilinear3d.out(x, size, False, 2.0, 2.0, 2.0, out=out)
 
 
-NEW = {"torch": definition, "cpu": lambda x: upsample(x, "trilinear")}
-OUT = {"torch": into, "cpu": lambda x, out: upsample(x, "trilinear", out=out)}
+def ours(x, out=None):
+    return upsample(x, "trilinear", out=out)
 
 
-def gradient(fn, x, dy):
-    return torch.autograd.grad(fn(x), x, dy)
+PEERS = {  # memory format, into new memory, into memory that is there
+    "torch": (torch.contiguous_format, definition, into),
+    "torch channels-last": (LAST, definition, into),
+    "t2ct": (LAST, ours, ours),
+}
 
 
-@functools.lru_cache(maxsize=1)
-def inputs(shape, dtype, device, kind):
-    """Random x and dy, and what the row should give in float64; one computation for both peers."""
+def job(name, kind, shape, dtype):
+    """A function of nothing that does the work and returns its result, and that result in float64 as a function."""
+    layout, new, there = PEERS[name]
     torch.manual_seed(0)
-    last = torch.channels_last_3d
-    x = torch.randn(shape, device=device).to(dtype).contiguous(memory_format=last)
-    size = (*shape[:2], *(2 * m for m in shape[2:]))
-    if kind != "forward + gradient":
-        return x, torch.zeros(size, dtype=dtype, device=device).contiguous(memory_format=last), definition(x.double())
-    dy = torch.randn(size, device=device).to(dtype).contiguous(memory_format=last)
-    return x, dy, gradient(definition, x.double().requires_grad_(), dy.double())[0]
+    x = torch.randn(shape, device=DEVICE).to(dtype).contiguous(memory_format=layout)
+    other = torch.randn((*shape[:2], *(2 * m for m in shape[2:])), device=DEVICE).to(dtype)
+    other = other.contiguous(memory_format=layout)
+    if kind == KINDS[0]:
+        return lambda: new(x), lambda: definition(x.double())
+    if kind == KINDS[1]:
+        return lambda: there(x, other), lambda: definition(x.double())
+
+    def gradient(fn, x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(fn(x), x, other.to(x.dtype))[0]
+
+    return lambda: gradient(new, x), lambda: gradient(definition, x.double())
 
 
-@pytest.mark.parametrize("name", PEERS)  # varies fastest: the peers of a row run one after the other
-@pytest.mark.parametrize("kind", ("forward", "forward into out", "forward + gradient"))
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_trilinear(name, shape, dtype, kind, device, measure, benchmark):
-    reason = why_not("cpu", device, dtype) or (f"{forced()} is forced" if forced() else None)
-    if reason:
-        pytest.skip(reason)
-    benchmark.group = f"upsample trilinear {kind} {shape} {str(dtype).removeprefix('torch.')}"
-    benchmark.extra_info["peer"] = name
-    x, other, exact = inputs(shape, dtype, device, kind)
-    if kind == "forward + gradient":
-        leaf = x.detach().requires_grad_()
-        measure(lambda: gradient(NEW[name], leaf, other), (exact,), 18 * x.nbytes, 0, TOLERANCE[dtype])
-        return
+def error(y, exact):
+    return ((y.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, **ids)
+@pytest.mark.parametrize("shape", SHAPES, **ids)
+def test_trilinear(shape, dtype, kind, race, benchmark):
+    benchmark.group = f"upsample trilinear {kind} {shape} {dtype}".replace("torch.", "")
+    todo, first = {}, None
     with torch.no_grad():
-        fn = OUT[name] if kind == "forward into out" else NEW[name]
-        args = (x, other) if kind == "forward into out" else (x,)
-        measure(lambda: (fn(*args),), (exact,), 9 * x.nbytes, 0, TOLERANCE[dtype])
+        for name in PEERS:
+            run, exact = job(name, kind, (1, shape[1], 5, 3, 7), dtype)
+            assert error(run(), exact()) <= TOLERANCE[dtype], "wrong before fast"
+            todo[name], _ = job(name, kind, shape, dtype)
+            corner = todo[name]()[..., :16, :16, :16].float()
+            first = corner if first is None else first
+            assert error(corner, first) <= 2 * TOLERANCE[dtype], "wrong before fast"
+        nbytes = shape[1] * shape[2] * shape[3] * shape[4] * dtype.itemsize
+        race(todo, Work((18 if kind == KINDS[2] else 9) * nbytes))

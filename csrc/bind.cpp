@@ -93,11 +93,12 @@ PYBIND11_MODULE(_C, m) {
                                std::get<3>(g), std::get<4>(g), std::get<5>(g)};
   };
   m.def("upsample",
-        [grid](Grid g, int64_t start, int64_t stop, address x, address y, int threads, int isa) {
-          t2ct::upsample(grid(g), start, stop, at<void>(x), at<void>(y), threads, isa);
+        [grid](Grid g, int64_t start, int64_t stop, address x, address y, bool fresh, int threads, int isa) {
+          t2ct::upsample(grid(g), start, stop, at<void>(x), at<void>(y), fresh, threads, isa);
         },
         release(),
-        "Trilinear doubling; y holds planes start to stop along X. shape: x's (n, X, Y, Z, channels, bfloat16).");
+        "Trilinear doubling; y holds planes start to stop along X. shape: x's (n, X, Y, Z, channels, bfloat16). fresh: y "
+        "is new memory.");
   m.def("upsample_backward",
         [grid](Grid g, address dy, address dx, int threads, int isa) {
           t2ct::upsample_backward(grid(g), at<void>(dy), at<void>(dx), threads, isa);

@@ -82,6 +82,7 @@ def test_same_bits_past_the_cache_and_at_any_address(isa, dtype):
         whole = double(x)
         assert whole.nbytes >= 16 << 20 and whole.data_ptr() % 64 == 0
         assert torch.equal(torch.cat([double(x, i, i + 4) for i in range(0, 32, 4)], 2), whole)
+        assert torch.equal(double(x, out=torch.full_like(whole, 7)), whole)
         odd = torch.empty(whole.numel() + 3, dtype=dtype)[3:].view(1, 32, 64, 128, c).permute(0, 4, 1, 2, 3)
         assert torch.equal(double(x, out=odd), whole)
         assert error(whole, definition(x.double())) <= torch.finfo(dtype).eps

@@ -26,10 +26,10 @@ def _empty(like: Tensor, *size: int) -> Tensor:
 
 def double(x: Tensor, planes: tuple[int, int], out: Tensor | None = None) -> Tensor:
     """Planes [start, stop) along X of x doubled, into `out` where it is given. No gradient."""
-    if out is None:
-        out = _empty(x, planes[1] - planes[0], 2 * x.shape[3], 2 * x.shape[4])
-    native().upsample(_shape(x), *planes, x.data_ptr(), out.data_ptr(), torch.get_num_threads(), norm_cpu.ISA)
-    return out
+    y = _empty(x, planes[1] - planes[0], 2 * x.shape[3], 2 * x.shape[4]) if out is None else out
+    native().upsample(_shape(x), *planes, x.data_ptr(), y.data_ptr(), out is None, torch.get_num_threads(),
+                      norm_cpu.ISA)
+    return y
 
 
 def _adjoint(dy: Tensor, planes: tuple[int, int], planes_of_x: int) -> Tensor:

@@ -32,12 +32,14 @@ int worthwhile(int threads, int64_t units, int64_t numbers) {
 
 }  // namespace
 
-void upsample(const ResampleShape& s, int64_t start, int64_t stop, const void* x, void* y, int threads, int isa) {
+void upsample(const ResampleShape& s, int64_t start, int64_t stop, const void* x, void* y, bool fresh, int threads,
+              int isa) {
   const ResampleKernels& kernels = find_kernels(s, isa);
   const int64_t voxel = s.C * (s.bfloat16 ? 2 : 4), row = s.Z * voxel, planes = stop - start;
   const int64_t first = (start + 1) / 2, cells = stop / 2 - first + 1;  // along X
   const int64_t units = s.n * cells * (s.Y + 1), bytes = s.n * planes * 2 * s.Y * 2 * row;
-  const bool stream = bytes >= STREAM_BYTES && voxel % LINE == 0 && reinterpret_cast<uintptr_t>(y) % LINE == 0;
+  const bool lines = voxel % LINE == 0 && reinterpret_cast<uintptr_t>(y) % LINE == 0;
+  const bool stream = !fresh && bytes >= STREAM_BYTES && lines;
   threads = worthwhile(threads, units, s.n * planes * 4 * s.Y * s.Z * s.C);
 
 #pragma omp parallel num_threads(threads) if (threads > 1)

@@ -50,7 +50,9 @@ struct ResampleShape {
 };
 
 // y (n, stop - start, 2 Y, 2 Z, C): planes start to stop of the doubled x, computed in float32 and rounded once.
-void upsample(const ResampleShape& shape, int64_t start, int64_t stop, const void* x, void* y, int threads, int isa);
+// fresh: nothing has touched y since the system gave it, so its pages come zeroed, by way of the cache.
+void upsample(const ResampleShape& shape, int64_t start, int64_t stop, const void* x, void* y, bool fresh, int threads,
+              int isa);
 
 // dx in x's shape from dy (n, 2 X, 2 Y, 2 Z, C), gathered: no two threads write to one place.
 void upsample_backward(const ResampleShape& shape, const void* dy, void* dx, int threads, int isa);
