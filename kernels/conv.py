@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from t2ct.kernels import fold, resample
+from t2ct.kernels import fold
 from t2ct.kernels.norm import _coefficients, silu_of, silu_slope
-from t2ct.kernels.plan import Launch, box, launch, splits_of, stored
+from t2ct.kernels.plan import Launch, box, launch, stored
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -92,7 +92,7 @@ def conv_kernel(
                 at = x + (((cd * H + ch) * W + cw) * C)[:, None] + (c0 + k)[None, :]
                 inside = (rd >= 0)[:, None]  # every row: what lies outside was clamped inside
             else:
-                at = x + (start + ((kd * H + kh) * W + kw) * C + c0) + rows[:, None] + k[None, :]
+                at = x + (start + ((kd.to(tl.int64) * H + kh) * W + kw) * C + c0) + rows[:, None] + k[None, :]
                 inside = ok[:, None]
             wat = weight + (tap * C + c0) + columns[None, :] + k[:, None]
             if EVEN_C:
@@ -116,8 +116,8 @@ def conv_kernel(
         acc += tl.load(channel_bias + sample * O + n, mask=n < O, other=0.0).to(tl.float32)[None, :]
     yd, yh, yw = d * OS + pa, h * OS + pb, w * OS + pc
     valid = (yd < YD) & (yh < YH) & (yw < YW)
-    first = ((sample.to(tl.int64) * YD + d0 * OS) * YH + h0 * OS) * YW + w0 * OS
-    within = (((rd * OS + pa) * YH + rh * OS + pb) * YW + rw * OS + pc) * O
+    first = ((sample.to(tl.int64) * YD + d0 * OS + pa) * YH + h0 * OS + pb) * YW + w0 * OS + pc
+    within = ((rd * OS * YH + rh * OS) * YW + rw * OS) * O
     out = first * O + within[:, None] + n[None, :]
     mask = valid[:, None] & (n < O)[None, :]
     if SUMS:
@@ -146,49 +146,14 @@ def conv_kernel(
             tl.store(count + slot, total)
 
 
-@triton.jit
-def weight_gradient_kernel(
-    x, dy, partial,
-    N, D, H, W, C, YD, YH, YW, O, tiles_d, tiles_h, tiles_w, splits,
-    K: tl.constexpr, S: tl.constexpr, PAD0: tl.constexpr, PAD1: tl.constexpr, PHASES: tl.constexpr,
-    TD: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BO: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """Sums of dy[row] x[row + tap] over every splits-th box, into partial (splits, PHASES, O, K^3, C) float32.
-
-    dy (N, YD, YH, YW, O), x (N, D, H, W, C); a program holds BO x BC numbers of one phase and tap.
-    """
-    OS: tl.constexpr = 2 if PHASES == 8 else 1
-    o_blocks, c_blocks = tl.cdiv(O, BO), tl.cdiv(C, BC)
-    pid = tl.program_id(0)
-    o = pid % o_blocks * BO + tl.arange(0, BO)
-    c = pid // o_blocks % c_blocks * BC + tl.arange(0, BC)
-    tap = pid // (o_blocks * c_blocks) % (K * K * K)
-    phase = pid // (o_blocks * c_blocks) // (K * K * K)
-    split = tl.program_id(1)
-    kd, kh, kw = tap // (K * K), tap // K % K, tap % K
-    pa, pb, pc = phase // 4, phase // 2 % 2, phase % 2
-    pad_d, pad_h, pad_w = PAD0 + (PAD1 - PAD0) * pa, PAD0 + (PAD1 - PAD0) * pb, PAD0 + (PAD1 - PAD0) * pc
-    tiles = tiles_d * tiles_h * tiles_w
-    acc = tl.zeros((BO, BC), tl.float32)
-    for t in range(split, N * tiles, splits):
-        sample = (t // tiles).to(tl.int64)
-        d0, h0, w0, rd, rh, rw = _row(t % tiles, tiles_h, tiles_w, TD, TH, TW)
-        yd, yh, yw = (d0 + rd) * OS + pa, (h0 + rh) * OS + pb, (w0 + rw) * OS + pc
-        valid = (yd < YD) & (yh < YH) & (yw < YW)
-        first = ((sample * YD + d0 * OS) * YH + h0 * OS) * YW + w0 * OS
-        within = (((rd * OS + pa) * YH + rh * OS + pb) * YW + rw * OS + pc) * O
-        g = tl.load(dy + first * O + within[None, :] + o[:, None], mask=valid[None, :] & (o < O)[:, None], other=0.0)
-        xd0, xh0, xw0 = d0 * S - pad_d + kd, h0 * S - pad_h + kh, w0 * S - pad_w + kw
-        xd, xh, xw = xd0 + rd * S, xh0 + rh * S, xw0 + rw * S
-        ok = valid & (xd >= 0) & (xd < D) & (xh >= 0) & (xh < H) & (xw >= 0) & (xw < W)
-        start = (((sample * D + xd0) * H + xh0) * W + xw0) * C
-        rows = ((rd * S * H + rh * S) * W + rw * S) * C
-        a = tl.load(x + start + rows[:, None] + c[None, :], mask=ok[:, None] & (c < C)[None, :], other=0.0)
-        if INTERPRET:
-            a, g = a.to(tl.float32), g.to(tl.float32)
-        acc = tl.dot(g, a, acc, input_precision="ieee")
-    row = ((split * PHASES + phase).to(tl.int64) * O + o[:, None]) * (K * K * K) + tap
-    tl.store(partial + row * C + c[None, :], acc, mask=(o < O)[:, None] & (c < C)[None, :])
+def _boxes(x: Tensor, channels: int, size, phases: int, stride: int, rows: int):
+    """(voxels of a box of rows along each axis, boxes along each axis) for y (N, channels, *size). Where planes are so
+    large that int32 does not reach across a box it is flat."""
+    step = 2 if phases == 8 else 1
+    plane = max(stride * x.shape[1] * x.shape[3] * x.shape[4], step * channels * size[1] * size[2])
+    grid = [-(-m // step) for m in size]
+    dims = box(grid, rows, 1 + (2**31 - 1) // plane)
+    return dims, [-(-m // b) for m, b in zip(grid, dims, strict=True)]
 
 
 def _last(n: int, channels: int, size, like: Tensor) -> Tensor:
@@ -229,10 +194,8 @@ def _conv(
     behind: y is the gradient of silu(norm(behind)), which becomes norm's, and the statistics are its (sums,)."""
     n, c, *spatial = x.shape
     phases, o = weight.shape[:2]
-    grid = [-(-m // (2 if phases == 8 else 1)) for m in size]
     at = launch(x.device, x.dtype, c, o, stats=stats, sums=behind is not None)
-    dims = box(grid, at.bm)
-    tiles = [-(-m // b) for m, b in zip(grid, dims, strict=True)]
+    dims, tiles = _boxes(x, o, size, phases, stride, at.bm)
     count = tiles[0] * tiles[1] * tiles[2]
     y = _last(n, o, size, x)
     parts = None
@@ -259,27 +222,6 @@ def _conv(
     return y.to(x.dtype), parts
 
 
-def _weight_gradient(
-    x: Tensor, dy: Tensor, k: int, stride: int = 1, pads: tuple[int, int] = (1, 1), phases: int = 1
-) -> Tensor:
-    """(phases, O, K^3, C) float32: sums over boxes, split among programs, then over the splits in their order."""
-    n, c, *spatial = x.shape
-    o, size = dy.shape[1], dy.shape[2:]
-    grid = [-(-m // (2 if phases == 8 else 1)) for m in size]
-    at = launch(x.device, x.dtype, c, o, gradient=True)
-    dims = box(grid, at.bk)
-    tiles = [-(-m // b) for m, b in zip(grid, dims, strict=True)]
-    programs = phases * k**3 * triton.cdiv(o, at.bm) * triton.cdiv(c, at.bn)
-    splits = splits_of(programs, n * tiles[0] * tiles[1] * tiles[2])
-    partial = torch.empty(splits, phases, o, k**3, c, device=x.device)
-    weight_gradient_kernel[(programs, splits)](
-        x, dy, partial, n, *spatial, c, *size, o, *tiles, splits,
-        K=k, S=stride, PAD0=pads[0], PAD1=pads[1], PHASES=phases,
-        TD=dims[0], TH=dims[1], TW=dims[2], BO=at.bm, BC=at.bn, num_warps=at.warps, num_stages=at.stages,
-    )  # fmt: skip
-    return partial.sum(0)
-
-
 def conv3d(x, weight, bias=None, stride=1, padding=1, **fused):
     """y, or (y, partial statistics) with stats=True. x (N, C, D, H, W) channels-last, weight (O, C, K, K, K), K 1 or 3.
 
@@ -290,32 +232,6 @@ def conv3d(x, weight, bias=None, stride=1, padding=1, **fused):
     size = tuple((m + 2 * padding - k) // stride + 1 for m in x.shape[2:])
     y, parts = _conv(x, fold.taps_last(weight), size, k, stride, (padding, padding), bias=bias, **fused)
     return (y, parts) if fused.get("stats") else y
-
-
-def conv3d_backward(dy, x, weight, stride, padding, wanted=(True, True)):
-    """(dx or None, dweight or None) of conv3d; dy and x channels-last, dweight in weight's dtype."""
-    k = weight.shape[2]
-    dx = dw = None
-    if wanted[0] and stride == 1:
-        turned = fold.taps_last(fold.turned(weight))
-        dx, _ = _conv(dy, turned, x.shape[2:], k, 1, (k - 1 - padding,) * 2)
-    elif wanted[0]:
-        matrix, pads = fold.stride_gradient(padding), (1 - padding // 2, 1 - (1 + padding) // 2)
-        dx, _ = _conv(dy, fold.fold(weight.transpose(0, 1), matrix), x.shape[2:], 2, 1, pads)
-    if wanted[1]:
-        dw = _weight_gradient(x, dy, k, stride, (padding, padding))
-        dw = dw.view(len(weight), k, k, k, -1).permute(0, 4, 1, 2, 3).to(weight.dtype)
-    return dx, dw
-
-
-def conv3d_backward_norm_silu(dy, x, weight, padding, mean, rstd, gn_weight, gn_bias, groups):
-    """(dz like x, sums (N, tiles, 2, C) float32) of conv3d(silu(z)), stride 1, z = GroupNorm(x) of statistics float32
-    (N, groups): the gradient of z in dy's dtype, and per tile and channel its sum and its sum with the normalised x."""
-    k = weight.shape[2]
-    norm = (mean, rstd, gn_weight, gn_bias, groups)
-    turned = fold.taps_last(fold.turned(weight))
-    dz, parts = _conv(dy, turned, x.shape[2:], k, 1, (k - 1 - padding,) * 2, norm=norm, behind=x)
-    return dz, parts[0]
 
 
 def upsample_conv3d(x, weight, bias=None, mode="nearest"):
@@ -334,17 +250,43 @@ def upsample_conv3d(x, weight, bias=None, mode="nearest"):
     return y
 
 
-def upsample_conv3d_backward(dy, x, weight, mode="nearest", wanted=(True, True)):
-    """(dx or None, dweight or None) of upsample_conv3d. Trilinear goes through the doubled volume: where its weights
-    are folded they differ at the border."""
-    dx = dw = None
-    if mode == "trilinear":
-        up = resample.upsample(x, "trilinear") if wanted[1] else dy
-        d_up, dw = conv3d_backward(dy, up, weight, 1, 1, wanted)
-        return None if d_up is None else resample.upsample_backward(d_up, "trilinear"), dw
-    if wanted[0]:
-        w = fold.fold(weight.transpose(0, 1), fold.NEAREST_GRADIENT)
-        dx, _ = _conv(dy, w, x.shape[2:], 4, 2)
-    if wanted[1]:
-        dw = fold.unfold(_weight_gradient(x, dy, 2, 1, (1, 0), 8), fold.NEAREST).to(weight.dtype)
-    return dx, dw
+SIZES = ((64, 64), (128, 128), (256, 256), (512, 512))  # channels of the published networks, in and out
+
+
+def launches(arch: int):
+    """What benchmarks/aot.py compiles: every row of the launch table, forward, fused, folded and both gradients."""
+    from t2ct.kernels import conv_backward  # which imports this module
+
+    ints = dict.fromkeys(("D", "H", "W", "C", "YD", "YH", "YW", "O", "tiles_d", "tiles_h", "tiles_w",
+                          "groups"), "i32")
+    pointers = dict.fromkeys(("bias", "channel_bias", "residual", "y", "n_weight", "n_bias"), "*fp16")
+    pointers |= dict.fromkeys(("n_mean", "n_rstd", "mean", "m2", "count"), "*fp32")
+    forms = {
+        "conv": {},
+        "conv, statistics": {"RESIDUAL": True, "CHANNEL_BIAS": True, "STATS": True},
+        "conv, normalised on the way in": {"PROLOGUE": 2},
+        "gradient behind a norm": {"SUMS": True, "BIAS": False},
+        "conv, stride 2": {"S": 2, "PAD0": 0, "PAD1": 0},
+        "nearest x2, conv": {"K": 2, "PAD1": 0, "PHASES": 8},
+        "trilinear x2, conv": {"PHASES": 8, "CLAMP": True},
+    }
+    for c, o in SIZES:
+        for name, form in forms.items():
+            at = launch(arch, torch.float16, c, o, stats="STATS" in form, sums="SUMS" in form)
+            dims = dict(zip(("TD", "TH", "TW"), box((64, 64, 64), at.bm), strict=True))
+            shape = ", ".join(map(str, (1, *dims.values(), at.bk)))
+            tma = at.tma and not form.get("CLAMP") and form.get("S", 1) == 1
+            kinds = (f"tensordesc<fp16[{shape}]>", f"tensordesc<fp16[{at.bn}, {at.bk}]>") if tma else ("*fp16",) * 2
+            constants = {"K": 3, "S": 1, "PAD0": 1, "PAD1": 1, "PHASES": 1, "CLAMP": False, "PROLOGUE": 0, "BIAS": True}
+            constants |= dict.fromkeys(("CHANNEL_BIAS", "RESIDUAL", "STATS", "SUMS"), False)
+            constants |= {"TMA": tma, "EVEN_C": True, **dims, "BN": at.bn, "BK": at.bk, **form}
+            yield {
+                "name": f"{name}, {c} to {o}",
+                "kernel": conv_kernel,
+                "signature": {"x": kinds[0], "weight": kinds[1]} | pointers | ints,
+                "constexprs": constants,
+                "num_warps": at.warps,
+                "num_stages": at.stages,
+                "divisible": ["C", "O", *pointers, *(() if tma else ("x", "weight"))],
+            }
+    yield from conv_backward.launches(arch)

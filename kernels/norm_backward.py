@@ -3,7 +3,7 @@
 With z = weight * xhat + bias and dz = dy [* silu'(z)], per group of one sample:
 dx = rstd * (weight * dz - mean(weight * dz) - xhat * mean(weight * dz * xhat)).
 The first pass leaves sums of dz and dz * xhat per channel and tile, which also make dweight and dbias. Where the
-gradient of a convolution writes dz it leaves them as well (kernels/conv.py), and one pass remains.
+gradient of a convolution writes dz it leaves them as well (kernels/conv_backward.py), and one pass remains.
 """
 
 import torch

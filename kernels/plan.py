@@ -94,11 +94,12 @@ def launch(
     return Launch(at.bm, power(o, 16, bn), power(c, 16, at.bk), warps, at.stages, tma)
 
 
-def box(grid, rows: int) -> tuple[int, int, int]:
-    """Powers of two (d, h, w) with product `rows`: near a cube, no longer than the grid while another axis has room."""
+def box(grid, rows: int, deep: int = 1 << 30) -> tuple[int, int, int]:
+    """Powers of two (d, h, w) with product `rows`: near a cube, no longer than the grid while another axis has room,
+    d at most `deep`."""
     dims = [1, 1, 1]
     while dims[0] * dims[1] * dims[2] < rows:
-        room = [i for i in (2, 1, 0) if dims[i] < grid[i]] or [0]
+        room = [i for i in (2, 1, 0) if dims[i] < grid[i] and (i or 2 * dims[0] <= deep)] or [0]
         dims[min(room, key=lambda i: dims[i])] *= 2
     return dims[0], dims[1], dims[2]
 

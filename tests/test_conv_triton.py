@@ -10,7 +10,7 @@ from t2ct.ops import conv3d, conv_autograd, dispatch, upsample_conv3d, use_backe
 
 pytest.importorskip("triton")
 
-from t2ct.kernels import conv, fold, plan  # noqa: E402  needs triton
+from t2ct.kernels import conv, conv_backward, fold, plan  # noqa: E402  needs triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -86,7 +86,8 @@ def small_tiles(request, monkeypatch):
     def small(device, dtype, c, o, gradient=False, **_):
         return plan.Launch(16, 16, 16, 4, 2, tma=request.param and not gradient)
 
-    monkeypatch.setattr(conv, "launch", small)
+    for module in (conv, conv_backward):
+        monkeypatch.setattr(module, "launch", small)
     monkeypatch.setattr(plan, "FILL", 60)
     if request.param and DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("tensor descriptors want compute capability 9.0")
@@ -143,7 +144,7 @@ def test_gradient_behind_a_norm(small_tiles, dtype):
     dy = torch.randn(2, 8, 5, 3, 2, device=DEVICE).to(dtype).contiguous(memory_format=torch.channels_last_3d)
     mean, rstd = torch.randn(2, 4, device=DEVICE), torch.rand(2, 4, device=DEVICE) + 0.5
     gamma, beta = torch.randn(2, 12, device=DEVICE).to(dtype)
-    dz, sums = conv.conv3d_backward_norm_silu(dy, x, w, 1, mean, rstd, gamma, beta, 4)
+    dz, sums = conv_backward.conv3d_backward_norm_silu(dy, x, w, 1, mean, rstd, gamma, beta, 4)
 
     def wide(t):
         return t.double()[..., None, None, None]
@@ -214,7 +215,7 @@ def test_unfolding_is_the_adjoint(matrix):
 
 def test_boxes_and_launches():
     assert plan.box((64, 64, 64), 128) == (4, 4, 8) and plan.box((1, 1, 1), 16) == (16, 1, 1)
-    assert plan.box((2, 100, 3), 64)[0] == 2
+    assert plan.box((2, 100, 3), 64)[0] == 2 and plan.box((64, 64, 64), 128, 2) == (2, 8, 8)
     for arch in (80, 90, 100):
         for c, o in ((1, 64), (4, 4), (64, 1), (512, 1024)):
             for at in (plan.launch(arch, torch.float16, c, o), plan.launch(arch, torch.float32, c, o, gradient=True)):

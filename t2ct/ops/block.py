@@ -135,7 +135,9 @@ class _NormConv(torch.autograd.Function):
         if of_norm and _sums_in_epilogue(x, w):
             dy, of_norm = channels_last(dy), False
             statistics = mean.float(), rstd.float()
-            dz, sums = kernel("conv", "conv3d_backward_norm_silu")(dy, x, w, 1, *statistics, *affine[2:], ctx.groups)
+            dz, sums = kernel("conv_backward", "conv3d_backward_norm_silu")(
+                dy, x, w, 1, *statistics, gn_weight, gn_bias, ctx.groups
+            )  # fmt: skip
             dx, dgw, dgb = kernel("norm_backward", "from_sums")(
                 dz, x, gn_weight, gn_bias, *statistics, sums, ctx.groups
             )  # fmt: skip
@@ -162,7 +164,7 @@ def _sums_in_epilogue(x: Tensor, weight: Tensor) -> bool:
 
 def _conv_gradient(dy: Tensor, a: Tensor, weight: Tensor, wanted: tuple[bool, bool]):
     if conv.by_triton("group_norm_silu_conv3d", a, weight):
-        return kernel("conv", "conv3d_backward")(channels_last(dy), a, weight, 1, 1, wanted)
+        return kernel("conv_backward", "conv3d_backward")(channels_last(dy), a, weight, 1, 1, wanted)
     return torch.ops.aten.convolution_backward(
         dy, a, weight, None, [1] * 3, [1] * 3, [1] * 3, False, [0] * 3, 1, [*wanted, False]
     )[:2]

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from t2ct.ops.dispatch import channels_last, kernel, watched
 
-_conv3d, _conv3d_backward = kernel("conv", "conv3d"), kernel("conv", "conv3d_backward")
-_upsample, _upsample_backward = kernel("conv", "upsample_conv3d"), kernel("conv", "upsample_conv3d_backward")
+_conv3d, _conv3d_backward = kernel("conv", "conv3d"), kernel("conv_backward", "conv3d_backward")
+_upsample, _upsample_backward = kernel("conv", "upsample_conv3d"), kernel("conv_backward", "upsample_conv3d_backward")
 
 
 def bias_gradient(dy: Tensor, bias: Tensor | None) -> Tensor | None:
@@ -42,13 +42,16 @@ def _op_backward(
     dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, upsampled: str
 ) -> tuple[Tensor, Tensor]:
     if upsampled:
-        return _upsample_backward(channels_last(dy), x, weight, upsampled)
-    return _conv3d_backward(channels_last(dy), x, weight, stride, padding)
+        dx, dw = _upsample_backward(channels_last(dy), x, weight, upsampled)
+    else:
+        dx, dw = _conv3d_backward(channels_last(dy), x, weight, stride, padding)
+    like = torch.empty_like(weight)  # the strides that the fake promises; no copy for channels-last weights
+    return dx, dw if dw.stride() == like.stride() else like.copy_(dw)
 
 
 @_op_backward.register_fake
 def _(dy, x, weight, stride, padding, upsampled):
-    return channels_last(torch.empty_like(x)), weight.new_empty(weight.shape)
+    return channels_last(torch.empty_like(x)), torch.empty_like(weight)
 
 
 def _save(ctx, inputs, output):
