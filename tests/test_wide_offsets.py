@@ -39,13 +39,13 @@ DEEP, MANY = (1, 64, 132, 512, 512), (9, 64, 16, 512, 512)  # one large sample; 
 WIDE = (1, 64, 2, 8200, 4100)  # one plane has more than 2^31 numbers
 
 
-def norms(shape):
+def norms(shape, groups=32):
     x, c = volume(*shape), shape[1]
     n, w = shape[0], empty(c)
-    mean, rstd = empty(n, 32, dtype=SINGLE), empty(n, 32, dtype=SINGLE)
+    mean, rstd = empty(n, groups, dtype=SINGLE), empty(n, groups, dtype=SINGLE)
     norm.partial_stats(x)
-    norm.apply(x, mean, rstd, w, w, 32, True, x)
-    norm_backward.group_norm_backward(x, x, w, w, mean, rstd, 32, True)
+    norm.apply(x, mean, rstd, w, w, groups, True, x)
+    norm_backward.group_norm_backward(x, x, w, w, mean, rstd, groups, True)
 
 
 def statistics():
@@ -53,7 +53,7 @@ def statistics():
     for shape in ((2, 2**20 + 8, 1024), (2**20 + 8, 4, 1024)):
         mean, count = empty(*shape, dtype=SINGLE), empty(shape[1], dtype=SINGLE)
         norm._merge(mean, mean, count, 32, 1e-6)
-    n, c = 2**19, 4096
+    n, c = 2**19 + 8, 4096
     x, w, stat = volume(n, c, 1, 1, 1), empty(c), empty(n, 32, dtype=SINGLE)
     norm.partial_stats(x, 1)
     norm_backward.group_norm_backward(x, x, w, w, stat, stat, 32, True)
@@ -83,6 +83,7 @@ def strided():
 def doubled(mode):
     x, w = volume(1, 32, 66, 260, 520), empty(32, 32, 3, 3, 3)
     conv.upsample_conv3d(x, w, None, mode)
+    conv.upsample_conv3d(volume(1, 64, 132, 512, 512), empty(16, 64, 3, 3, 3), None, mode)
     y = volume(1, 32, 132, 520, 1040)
     conv_backward.upsample_conv3d_backward(y, x, w, mode)
 
@@ -153,7 +154,8 @@ def biases():
 
 
 PROBES = {
-    "norm, one sample": lambda: norms(DEEP), "norm, samples": lambda: norms(MANY), "statistics": statistics,
+    "norm, one sample": lambda: norms(DEEP), "norm, samples": lambda: norms(MANY),
+    "norm, voxels": lambda: norms((1, 1, 129, 4096, 4096), 1), "statistics": statistics,
     "conv, one sample": lambda: convolutions(DEEP, 64), "conv, samples": lambda: convolutions(MANY, 64),
     "conv, few to many channels": lambda: convolutions((1, 8, 129, 512, 512), 64),
     "conv, a plane": lambda: convolutions(WIDE, 64), "conv, a plane, 1": lambda: convolutions(WIDE, 64, 1),
