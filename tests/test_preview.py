@@ -161,7 +161,7 @@ def test_any_shape_is_drawn(shape):
 
 
 def test_lines_fit_and_lose_nothing():
-    font = preview._font(21)
+    font = preview.font(21)
     text = "Findings: a moderate pleural effusion on the right, layering posteriorly. " * 3
     lines = preview._wrap(text.strip(), font, 400, most=50)
     assert " ".join(lines) == text.strip()

@@ -26,7 +26,7 @@ THREE = VAEConfig(channels=(16, 32, 48), norm_groups=8, num_res_blocks=2)
 @pytest.fixture(autouse=True)
 def thin_tiles(monkeypatch):
     """Tiles of a few planes, so that small volumes have many."""
-    monkeypatch.setattr(graphs, "TILE_VOXELS", {"cpu": 2**8, "cuda": 2**8})
+    monkeypatch.setattr(graphs, "TILE", {"cpu": 2**12, "cuda": 2**12})
     plans.make_plan.cache_clear()
     plans.smallest_plan.cache_clear()
     yield
@@ -250,7 +250,7 @@ def test_packing_never_overlaps_and_wastes_little(rows):
 
 def test_published_decoder_in_gigabytes(monkeypatch):
     """The plans that the documentation speaks of, made without a tensor."""
-    monkeypatch.setattr(graphs, "TILE_VOXELS", {"cpu": 2**16, "cuda": 2**21})
+    monkeypatch.setattr(graphs, "TILE", {"cpu": 2**22, "cuda": 2**27})
     with torch.device("meta"):
         nodes = VAE().nodes("decode")
     shape = (1, 4, 128, 128, 32)

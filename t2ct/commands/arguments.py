@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from argparse import ArgumentTypeError
+from argparse import ArgumentParser, ArgumentTypeError
 
 MODEL_FILES = ("vae", "unet", "clip", "tokenizer")
 
@@ -51,6 +51,21 @@ def model(word: str) -> str | dict[str, str]:
             raise ArgumentTypeError(f"wanted a folder or {wanted}, got {part!r} in {word!r}")
         files[name] = path
     return files
+
+
+def size(word: str) -> tuple[int, int, int]:
+    """Voxels of a volume, "512x512x128"."""
+    parts = word.lower().split("x")
+    if len(parts) != 3:
+        raise ArgumentTypeError(f"wanted voxels such as 512x512x128, got {word!r}")
+    x, y, z = map(voxels, parts)
+    return x, y, z
+
+
+def add_memory(parser: ArgumentParser) -> None:
+    """--memory and --spool: what decoding may take, and where it may keep the rest."""
+    parser.add_argument("--memory", metavar="SIZE", help="for the VAE, such as 6GB: default: what is free")
+    parser.add_argument("--spool", metavar="DIR", help="folder for files of what does not fit; default: computed again")
 
 
 def _integer(word: str, lowest: int, highest: int) -> int:

@@ -46,6 +46,7 @@ def add_parser(commands: Any, **options: Any) -> None:
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, …; default: the GPU if there is one")
     parser.add_argument("--dtype", choices=DTYPES, help="of the networks; default: what suits the device")
+    arguments.add_memory(parser)
     parser.add_argument("--quiet", action="store_true", help="print errors and warnings only")
     parser.set_defaults(run=run)
 
@@ -88,6 +89,8 @@ def run(args: argparse.Namespace) -> None:
         spacing=spacing,
         progress=not args.quiet,
         negative_prompt=args.negative_prompt,
+        memory_budget=args.memory,
+        spool_dir=args.spool,
     )
     files = {**volume_files(volume, args.output), picture_path: encode_png(render(volume))}
     write_files(files)

@@ -95,9 +95,9 @@ def render(volume: Volume, *, center: tuple[float, float, float] | None = None) 
     for plane, width_mm in zip(PLANES, widths_mm, strict=True):
         cell_width = round(width_mm * pixels_per_mm + spare)
         position = _position_mm(volume, plane.axis, index)
-        draw.text((left, top - 8), plane.name, TEXT, _font(16), anchor="ls")
+        draw.text((left, top - 8), plane.name, TEXT, font(16), anchor="ls")
         draw.text(
-            (left + cell_width, top - 8), f"{'xyz'[plane.axis]} = {position:.0f} mm", MUTED, _font(13), anchor="rs"
+            (left + cell_width, top - 8), f"{'xyz'[plane.axis]} = {position:.0f} mm", MUTED, font(13), anchor="rs"
         )
         size = (max(1, round(width_mm * pixels_per_mm)), max(1, round(extent[plane.vertical] * pixels_per_mm)))
         slice_hu = _slice(volume, plane, index[plane.axis])
@@ -113,9 +113,9 @@ def render(volume: Volume, *, center: tuple[float, float, float] | None = None) 
 
     bottom = picture.height - 18
     notice = "SYNTHETIC, not for diagnosis" if volume.synthetic else "Not for diagnosis"
-    draw.text((MARGIN, bottom), notice, MARK, _font(13), anchor="ls")
+    draw.text((MARGIN, bottom), notice, MARK, font(13), anchor="ls")
     draw.text(
-        (WIDTH - MARGIN, bottom), "Radiological view: the patient's right is on the left", MUTED, _font(13), anchor="rs"
+        (WIDTH - MARGIN, bottom), "Radiological view: the patient's right is on the left", MUTED, font(13), anchor="rs"
     )
     return picture
 
@@ -225,7 +225,7 @@ def _label(
     anchor: str,
     color: tuple[int, int, int],
 ) -> None:
-    draw.text(place, text, color, _font(size), anchor=anchor, stroke_width=2, stroke_fill=(0, 0, 0))
+    draw.text(place, text, color, font(size), anchor=anchor, stroke_width=2, stroke_fill=(0, 0, 0))
 
 
 class _Line(NamedTuple):
@@ -238,7 +238,7 @@ class _Line(NamedTuple):
 def _heading(volume: Volume) -> list[_Line]:
     room = WIDTH - 2 * MARGIN
     prompt = volume.prompt or ("Synthetic chest CT" if volume.synthetic else "CT")
-    lines = [_Line(text, 21, TEXT, 28) for text in _wrap(printable(prompt), _font(21), room, most=4)]
+    lines = [_Line(text, 21, TEXT, 28) for text in _wrap(printable(prompt), font(21), room, most=4)]
     parts = []
     if volume.seed is not None:
         parts.append(f"seed {volume.seed}")
@@ -249,14 +249,14 @@ def _heading(volume: Volume) -> list[_Line]:
     parts.append(" x ".join(f"{step:.3g}" for step in volume.spacing) + " mm")
     if volume.provenance.get("version"):
         parts.append(f"t2ct {volume.provenance['version']}")
-    detail = _wrap(printable("   ·   ".join(parts), keep_spaces=True), _font(14), room, most=1)
+    detail = _wrap(printable("   ·   ".join(parts), keep_spaces=True), font(14), room, most=1)
     return lines + [_Line(text, 14, MUTED, 24) for text in detail]
 
 
 def _draw_heading(draw: ImageDraw.ImageDraw, lines: list[_Line]) -> None:
     y = MARGIN
     for line in lines:
-        draw.text((MARGIN, y + line.height - 7), line.text, line.color, _font(line.size), anchor="ls")
+        draw.text((MARGIN, y + line.height - 7), line.text, line.color, font(line.size), anchor="ls")
         y += line.height
 
 
@@ -293,8 +293,8 @@ def printable(text: str, *, keep_spaces: bool = False) -> str:
 
 
 @functools.cache  # the font is unpacked from base64 on every load
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    font = ImageFont.load_default(size)
-    if not isinstance(font, ImageFont.FreeTypeFont):
+def font(size: int) -> ImageFont.FreeTypeFont:
+    found = ImageFont.load_default(size)
+    if not isinstance(found, ImageFont.FreeTypeFont):
         raise RuntimeError("preview: wanted a Pillow with FreeType, got one without; the wheels from PyPI have it")
-    return font
+    return found

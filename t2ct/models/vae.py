@@ -4,7 +4,7 @@ The network of MAISI's AutoencoderKL (Guo et al. 2024, arXiv 2409.11169) that Mo
 has the published keys.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from t2ct.models.layers import (
     norm_silu_conv,
 )
 from t2ct.ops.dispatch import watched
-from t2ct.stream import Budget, Node
+from t2ct.stream import Budget, Node, Plan
 
 HU_MIN, HU_MAX = -1000.0, 1000.0  # the window in which the networks see a CT
 
@@ -200,6 +200,21 @@ class VAE(nn.Module):
         z = config.latent_channels
         inlet = [Node("", -1, z), Node("post_quant_conv.conv", 0, z, kernel=1)]
         return tuple(_nodes(self.decoder, "decoder", inlet))
+
+    def plan(
+        self, direction: str, shape: Sequence[int], memory_budget: Budget = None, *,
+        spool_dir: str | Path | None = None, hu: bool = False, dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Plan:  # fmt: skip
+        """How "encode" or "decode" of an input of `shape` (B, C, X, Y, Z) would run, without running it.
+
+        dtype, device: default: those of the weights; otherwise arguments and errors as `decode`.
+        """
+        if direction not in ("encode", "decode"):
+            raise ValueError(f'VAE.plan: direction must be "encode" or "decode", got {direction!r}')
+        weight = next(self.parameters())
+        return stream.plan_for(self.nodes(direction), shape, dtype or weight.dtype, device or weight.device,
+                               memory_budget, spool_dir, 2 if hu else None)  # fmt: skip
 
     def encode(
         self, x: Tensor, memory_budget: Budget = None, *, spool_dir: str | Path | None = None, step: Step = None

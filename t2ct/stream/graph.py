@@ -10,10 +10,10 @@ from functools import cached_property
 
 Size = tuple[int, int, int]
 
-# Voxels of one tile, a run of whole planes: large enough that a convolution's call costs nothing beside its work, small
-# enough that what a tile reads is still in the cache when it is read again. It never depends on the budget: every plan
-# makes the same calls, which is why every plan gives the same bits.
-TILE_VOXELS = {"cpu": 2**16, "cuda": 2**21}
+# Numbers that a tile, a run of whole planes, reads or writes: so many that a convolution's call costs nothing beside
+# its work, and so few that what a tile reads is still in the cache when it is read again. It never depends on the
+# budget: every plan makes the same calls, which is why every plan gives the same bits.
+TILE = {"cpu": 2**22, "cuda": 2**27}
 STATISTICS = 16  # bytes of the statistics of one group of one tile: mean and M2 in float64
 
 
@@ -105,11 +105,20 @@ class Graph:
                 found[node.source] = node
         return tuple(found)
 
+    @cached_property
+    def _steps(self) -> dict[Size, int]:
+        """Planes of a tile on every grid: a power of two, at least 2, from its widest node."""
+        widest: dict[Size, int] = {}
+        for n, node in enumerate(self.nodes):
+            (_, y, z), into = self.sizes[n], self.nodes[max(node.source, 0)].channels
+            reads = 2 * (2 * y + 1) * (2 * z + 1) * into if node.resample == "down" else y * z * into
+            widest[self.sizes[n]] = max(widest.get(self.sizes[n], 1), reads, y * z * node.channels)
+        planes = {size: max(2, TILE[self.device] // numbers) for size, numbers in widest.items()}
+        return {size: 1 << (count.bit_length() - 1) for size, count in planes.items()}
+
     def tile(self, n: int) -> int:
-        """Planes of a tile of node n: a power of two, at least 2, from the size of a plane alone."""
-        _, y, z = self.sizes[n]
-        planes = max(2, TILE_VOXELS[self.device] // (y * z))
-        return 1 << (planes.bit_length() - 1)
+        """Planes of a tile of node n; nodes on one grid have the same."""
+        return self._steps[self.sizes[n]]
 
     def tiles(self, n: int) -> list[tuple[int, int]]:
         """The planes [start, stop) of every tile of node n."""

@@ -100,7 +100,7 @@ def make_plan(graph: Graph, budget: int, spool: bool, output_itemsize: int) -> P
     if whole.peak <= budget:
         return whole
     room = budget
-    for _ in range(6):  # what packing loses between buffers is taken off the budget, and the search made again
+    for _ in range(12):  # what packing loses between buffers is taken off the budget, and the search made again
         place = _search(graph, room - whole.output, spool, whole.outside)
         if place is None:
             break

@@ -172,9 +172,16 @@ def _in_place(graph: Graph, n: int, p: int, last, held: dict[int, Buffer], chain
 
 
 def pack(buffers: Sequence[Buffer]) -> tuple[tuple[Buffer, ...], int]:
-    """The buffers with offsets in one arena, and its size: the largest first, each as low as nothing is in its way."""
+    """The buffers with offsets in one arena, and its size: each as low as nothing is in its way, in the best of three
+    orders: the largest, the longest held or the earliest first."""
+    orders = (lambda b: (-b.bytes, b.first, b.key), lambda b: (b.first - b.last, -b.bytes, b.key),
+              lambda b: (b.first, -b.bytes, b.key))  # fmt: skip
+    return min((_pack(sorted(buffers, key=order)) for order in orders), key=lambda found: found[1])
+
+
+def _pack(buffers: Sequence[Buffer]) -> tuple[tuple[Buffer, ...], int]:
     placed: list[Buffer] = []
-    for buffer in sorted(buffers, key=lambda b: (-b.bytes, b.first, b.key)):
+    for buffer in buffers:
         offset = 0
         for other in sorted((b for b in placed if b.first <= buffer.last and buffer.first <= b.last),
                             key=lambda b: b.offset):  # fmt: skip
