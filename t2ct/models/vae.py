@@ -23,6 +23,7 @@ from t2ct.models.layers import (
     check_volume,
     norm_silu_conv,
 )
+from t2ct.models.window import decode_windows
 from t2ct.ops.dispatch import watched
 from t2ct.stream import Budget, Node, Plan
 
@@ -235,7 +236,7 @@ class VAE(nn.Module):
 
     def decode(
         self, z: Tensor, memory_budget: Budget = None, *, spool_dir: str | Path | None = None, hu: bool = False,
-        step: Step = None,
+        step: Step = None, method: str = "exact",
     ) -> Tensor:  # fmt: skip
         """Latents (B, 4, X, Y, Z) -> (B, 1, 4X, 4Y, 4Z), about [0, 1] (not clipped), z's dtype.
 
@@ -246,10 +247,19 @@ class VAE(nn.Module):
                        computed again. On a GPU they lie in the host's memory.
         hu             int16 HU instead, rounded and clipped to [-1000, 1000]
         step           called after every patch with the operations done
+        method         "window": overlapping windows of 80^3 latent voxels, blended, as the published system decodes.
+                       Not the network's own function: for comparison
         Raises         ValueError: another shape, latents that are not finite, a budget below the smallest plan (says
                        which is); OSError: no room for the spool.
         """
         check_volume("VAE.decode: z", z, self.config.latent_channels)
+        if method not in ("exact", "window"):
+            raise ValueError(f'VAE.decode: method must be "exact" or "window", got {method!r}')
+        if method == "window":
+            y = decode_windows(
+                lambda part: self.decode(part, memory_budget, spool_dir=spool_dir), z, self.config.factor
+            )
+            return unit_to_hu(y) if hu else y
         if self._streams("decode", z, memory_budget):
             if not torch.isfinite(z).all():
                 raise ValueError("VAE.decode: z must be finite, got NaN or infinity in the latents")
