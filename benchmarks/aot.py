@@ -3,8 +3,9 @@
     python benchmarks/aot.py [--family conv] [--arch 90] [--markdown docs/kernels-aot.md]
 
 For each launch and architecture: registers, shared memory, spills, matrix instructions, 128-bit accesses to global
-memory, by Triton's own cuobjdump and nvdisasm. No driver is needed. Exit code 1 where a launch does not compile or
-breaks a limit.
+memory, by Triton's own cuobjdump and nvdisasm. Every launch in float16, one width of each family in bfloat16 too. No
+driver is needed. Exit code 1 where a launch does not compile, breaks a limit, or has no 128-bit access where its memory
+allows one.
 """
 
 import argparse
@@ -28,6 +29,11 @@ ARCHITECTURES = (80, 90, 100)
 MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}  # bytes one block may have: CUDA C++ programming guide, table 21
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+BFLOAT16 = {"norm": ", 128", "conv": "128 to 128", "attention": "D=32", "resample": ", 128"}  # part of the name
+# What no layout allows: a merging program reads the few channels of one group; sums and statistics leave a vector of
+# channels a program; rows of a bias's gradient are as long as there are keys.
+NARROW = {"merge_kernel": ("load", "store"), "backward_merge_kernel": ("load", "store"), "stats_kernel": ("store",),
+          "backward_sums_kernel": ("store",), "fold_kernel": ("store",), "bias_kernel": ("store",)}  # fmt: skip
 COLUMNS = ("launch", "arch", "registers", "spilled B", "shared KiB", "matrix", "128-bit load", "128-bit store", "MUFU")
 
 
@@ -66,6 +72,9 @@ def inspect(row: dict, arch: int) -> dict:
         problem.append(f"{spilled} bytes of local memory, {count['local']} accesses")
     if "tl.dot" in row["kernel"].src and not re.search(rf"\b{MATRIX[arch]}", sass):
         problem.append(f"no {MATRIX[arch]}")
+    for way in ("load", "store"):
+        if not count[way] and way not in NARROW.get(row["kernel"].__name__, ()):
+            problem.append(f"no 128-bit {way}")
     if made.metadata.shared > SHARED_LIMIT[arch]:
         problem.append(f"{made.metadata.shared} bytes of shared memory")
     return {"launch": row["name"], "arch": arch, "registers": numbers["REG"], "spilled B": spilled,
@@ -75,7 +84,13 @@ def inspect(row: dict, arch: int) -> dict:
 
 
 def rows(family: str, arch: int) -> list[dict]:
-    return list(import_module(f"t2ct.kernels.{family}").launches(arch))
+    found = list(import_module(f"t2ct.kernels.{family}").launches(arch))
+    return found + [in_bfloat16(row) for row in found if BFLOAT16[family] in row["name"]]
+
+
+def in_bfloat16(row: dict) -> dict:
+    kinds = {name: kind.replace("fp16", "bf16") for name, kind in row["signature"].items()}
+    return row | {"name": row["name"] + ", bfloat16", "signature": kinds}
 
 
 def one(job: tuple[str, int, int]) -> dict:

@@ -15,7 +15,7 @@ BLOCKS = {
     ("dq", 80): {32: (128, 64, 4, 2), 64: (128, 64, 8, 2), 128: (128, 32, 8, 2)},
     ("bias", 80): {64: (64, 32, 4, 2), 128: (32, 64, 8, 1)},
     ("bias", 90): {64: (64, 64, 4, 2), 128: (64, 32, 8, 1)},
-    ("bias", 100): {64: (64, 64, 4, 2), 128: (64, 32, 8, 1)},
+    ("bias", 100): {32: (64, 32, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 8, 1)},
 }  # fmt: skip
 # With a bias every logit has an address or two besides: fewer logits a thread. Eight warps take 128 rows of logits:
 # with fewer they compute the same softmax twice.

@@ -118,7 +118,9 @@ def conv_kernel(
     valid = (yd < YD) & (yh < YH) & (yw < YW)
     first = ((sample.to(tl.int64) * YD + d0 * OS + pa) * YH + h0 * OS + pb) * YW + w0 * OS + pc
     within = ((rd * OS * YH + rh * OS) * YW + rw * OS) * O
-    out = first * O + within[:, None] + n[None, :]
+    y += first * O
+    residual += first * O
+    out = within[:, None] + n[None, :]
     mask = valid[:, None] & (n < O)[None, :]
     if SUMS:
         mu, r, g, s = _coefficients(n_mean, n_rstd, n_weight, n_bias, sample, n, O, groups)
@@ -152,7 +154,7 @@ def _boxes(x: Tensor, channels: int, size, phases: int, stride: int, rows: int):
     step = 2 if phases == 8 else 1
     plane = max(stride * x.shape[1] * x.shape[3] * x.shape[4], step * channels * size[1] * size[2])
     grid = [-(-m // step) for m in size]
-    dims = box(grid, rows, 1 + (2**31 - 1) // plane)
+    dims = box(grid, rows, 1 + 2**30 // plane)
     return dims, [-(-m // b) for m, b in zip(grid, dims, strict=True)]
 
 
