@@ -99,7 +99,8 @@ def test_generate_writes_volume_json_and_picture(pipeline, tmp_path, capsys):
     out = tmp_path / "ct.nii.gz"
     words = ["--seed", "0", "--steps", "4", "--guidance", "2.5", "--device", "cpu", "--dtype", "bfloat16"]
     grid = ["--size", "24", "16", "8", "--spacing", "12", "20", "40", "--negative-prompt", "Motion."]
-    assert main(["generate", "A nodule.", "-o", str(out), *words, *grid]) == 0
+    room = ["--memory", "2GB", "--spool", str(tmp_path)]
+    assert main(["generate", "A nodule.", "-o", str(out), *words, *grid, *room]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ct.json", "ct.nii.gz", "ct.png"]
     text, options = pipeline.calls[0]
     assert text == "A nodule." and isinstance(options.pop("model"), FakePipeline)
@@ -111,6 +112,8 @@ def test_generate_writes_volume_json_and_picture(pipeline, tmp_path, capsys):
         "spacing": (12.0, 20.0, 40.0),
         "progress": True,
         "negative_prompt": "Motion.",
+        "memory_budget": "2GB",
+        "spool_dir": str(tmp_path),
     }
     assert [str(value) for value in FakePipeline.loaded] == ["None", "cpu", "torch.bfloat16"]
     image = nib.load(out)
