@@ -49,6 +49,7 @@ class Training:
     actual_spacing: bool = key(False, "tell the network the voxel size after fitting, not the model's nominal one")
     skip_bad: bool = key(False, "put the next volume in the place of one that cannot be read", free=True)
     cache_gb: float = key(16.0, "keep prepared volumes on disk if all of them fit; 0: never", free=True)
+    threads: int = key(0, "of a CPU for each process; small networks are faster with 1; 0: torch's own choice")
     workers: int = key(0, "processes that read volumes ahead", free=True)
     log_every: int = key(10, "steps between rows of metrics.csv", free=True)
     valid_every: int = key(0, "steps between validations; 0: at the end only")
@@ -67,7 +68,8 @@ class Training:
         for name in ("steps", "batch", "max_bad_steps", "log_every", "keep", "valid_count"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: wanted an integer of at least 1, got {getattr(self, name)}")
-        for name in ("micro", "seed", "warmup", "clip_norm", "weight_decay", "workers", "valid_every", "save_every"):
+        counts = ("micro", "seed", "threads", "workers", "valid_every", "save_every")
+        for name in (*counts, "warmup", "clip_norm", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: wanted 0 or more, got {getattr(self, name)}")
         if not 0 <= self.ema < 1:

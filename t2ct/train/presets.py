@@ -159,12 +159,15 @@ EMBEDDED_RUNS = {
 TINY_RUNS = {
     "vae": VAETraining(
         model=TINY, steps=100, batch=2, learning_rate=3e-3, matrix_learning_rate=0.02, warmup=10.0, ema=0.95,
-        patches=((32, 32, 32),), patch_from=(0.0,), valid_count=4, **OWN_TERMS,  # type: ignore[arg-type]
+        patches=((32, 32, 32),), patch_from=(0.0,), valid_count=4, threads=1, workers=1, **OWN_TERMS,  # type: ignore[arg-type]
     ),
-    "clip": CLIPTraining(model=TINY, steps=40, batch=16, micro=8, learning_rate=1e-3, warmup=5.0, valid_count=16),
+    "clip": CLIPTraining(
+        model=TINY, steps=40, batch=16, micro=8, learning_rate=1e-3, warmup=5.0, valid_count=16, threads=1,
+    ),
     "ldm": LDMTraining(
         model=TINY, steps=150, batch=8, learning_rate=2e-3, matrix_learning_rate=0.02, warmup=10.0, ema=0.97,
         latents="means", small_weight=12.0, preview_count=1, preview_steps=10, valid_count=8,
+        threads=1,
     ),
 }  # fmt: skip
 

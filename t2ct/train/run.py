@@ -89,7 +89,7 @@ def train(
     spec = data or DEFAULT_DATA.get(preset)
     if spec is None:
         raise ValueError(f"data: wanted a folder or phantoms:N for the preset {preset}, got nothing")
-    began = _join()
+    began, threads = _join(), torch.get_num_threads()
     try:
         where = find_device(device)
         if where.type == "cuda" and ranks()[1] > 1:
@@ -107,6 +107,7 @@ def train(
         made = _resolved(kind, made, root, preset)
         return _train(kind, made, preset, spec, root, where, quiet, cache)
     finally:
+        torch.set_num_threads(threads)
         if began:
             dist.destroy_process_group()
 
@@ -193,9 +194,10 @@ def _train(
     kind: str, config: Training, name: str, data: str, root: Path, device: torch.device, quiet: bool, cache: Path
 ) -> Path:  # fmt: skip
     rank, world = ranks()
+    if config.threads:
+        torch.set_num_threads(config.threads)
     facts = {"format": FORMAT, "kind": kind, "preset": name, "data": data, "steps": config.steps}
     known = _known(root, config)
-    torch.manual_seed(config.seed)
     recipe = build(kind, config, data, root, device, cache, quiet)
     if config.checkpoint_blocks or known.get("checkpoint_blocks"):
         checkpoint_blocks(recipe.parts)
@@ -249,6 +251,8 @@ def build(
     if isinstance(config, LDMTraining):
         return _build_ldm(config, data, root, device, cache, quiet)
     train_set, valid = (_source(config, data, split, cache, bad, kind != "vae") for split in ("train", "valid"))
+    # Before the network and nothing else: what was drawn, read or encoded until here differs where a run goes on.
+    torch.manual_seed(config.seed)
     if isinstance(config, VAETraining):
         vae = VAE(config.model.vae)
         torch.nn.init.constant_(vae.quant_conv_log_sigma.conv.bias, config.log_variance_start)  # type: ignore[arg-type]
@@ -256,6 +260,7 @@ def build(
         return VAERecipe(config, vae, train_set, valid, bad)
     assert isinstance(config, CLIPTraining)
     tokenizer = _tokenizer(config, train_set, root)
+    torch.manual_seed(config.seed)
     clip = CLIP3D(config.model.clip).to(device)
     start_from(clip, config.start, "clip")
     return CLIPRecipe(config, clip, tokenizer, train_set, valid, bad)
@@ -309,6 +314,7 @@ def _build_ldm(
                 cached(source, cache, config.cache_gb), vae, digest, root / "latents" / split, device,
                 precision=config.precision, skip_bad=config.skip_bad, told=warnings.warn, quiet=quiet,
             )  # fmt: skip
+    torch.manual_seed(config.seed)
     unet = UNet(config.model.unet).to(device)
     start_from(unet, config.start, "unet")
     if config.lora:
