@@ -33,10 +33,12 @@ def conv(shape, outputs: int, itemsize: int, taps: int = 27, gradient: bool = Fa
     return Work(3 * forward.bytes, 3 * forward.flops) if gradient else forward
 
 
-def attention(b: int, h: int, n: int, d: int, itemsize: int, gradient: bool = False) -> Work:
-    """q, k, v, out once; four operations a score and dimension, one exponential a score. Gradient: 2.5 times more."""
+def attention(b: int, h: int, n: int, d: int, itemsize: int, gradient: bool = False, biased: bool = False) -> Work:
+    """q, k, v, out once; four operations a score and dimension, one exponential a score. Gradient: 2.5 times more.
+    biased: a bias (1, h, n, n) is read; for the gradient once more, and its own is written."""
     forward = Work(4.0 * b * h * n * d * itemsize, 4.0 * b * h * n * n * d, float(b * h * n * n))
-    return forward + Work(2 * forward.bytes, 2.5 * forward.flops, forward.exps) if gradient else forward
+    bias = Work(float(h * n * n * itemsize * (3 if gradient else 1))) if biased else Work(0.0)
+    return bias + forward + Work(2 * forward.bytes, 2.5 * forward.flops, forward.exps) if gradient else bias + forward
 
 
 def main() -> None:

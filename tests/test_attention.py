@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 
 from t2ct.models import CLIP3D, CLIP3DConfig, TextConfig, VisionConfig
 from t2ct.ops import attention, explain_rows, use_backend
-from t2ct.ops.attention import _op, expand_relative, why_not_attention
+from t2ct.ops.attention import TABLE, _op, expand_relative, why_not_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = {t: torch.finfo(t).eps for t in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
@@ -299,3 +300,40 @@ def test_a_forced_backend_runs_or_raises():
     assert next(row for row in explain_rows("cpu") if row[1] == "attention")[2] == "sdpa"
 
 
+@pytest.mark.parametrize("form", ("plain", "causal", "bias", "causal bias", "gradient of the bias alone"))
+def test_xformers_as_documented(form, monkeypatch):
+    """A stand-in of the documented signature: what it is given is laid out as it wants, what it returns is ours."""
+
+    class LowerTriangularMask:
+        pass
+
+    def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None):
+        b, n, h, _ = query.shape
+        mask = attn_bias
+        if isinstance(mask, LowerTriangularMask):
+            mask = torch.full((n, n), float("-inf")).triu(1)
+        elif mask is not None:  # every pair is there, rows begin at multiples of 8 numbers
+            assert mask.shape == (b, h, n, key.shape[1]) and mask.dtype == query.dtype
+            assert mask.stride(-1) == 1 and mask.stride(-2) % 8 == 0
+        with torch.set_grad_enabled(any(t.requires_grad for t in (query, key, value))):  # as it does without gradients
+            q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+            return F.scaled_dot_product_attention(q, k, v, mask, p, scale=scale).transpose(1, 2)
+
+    module, ops = types.ModuleType("xformers"), types.ModuleType("xformers.ops")
+    ops.LowerTriangularMask, ops.memory_efficient_attention, module.ops = (
+        LowerTriangularMask, memory_efficient_attention, ops)  # fmt: skip
+    monkeypatch.setitem(sys.modules, "xformers", module)
+    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 5, 8) for _ in "qkv")
+    leaves = [torch.randn(1, 3, 5, 5)] if "bias" in form else []
+    leaves = leaves if "alone" in form else [q, k, v, *leaves]
+    for t in leaves:
+        t.requires_grad_()
+    bias = leaves[-1] if "bias" in form else None
+    results = []
+    for backend in ("xformers", "reference"):
+        y = TABLE[backend](q, k, v, bias, 0.3, "causal" in form)
+        results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    for mine, wanted in zip(*results, strict=True):
+        assert (mine - wanted).norm() <= 1e-6 * wanted.norm()

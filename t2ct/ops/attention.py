@@ -91,8 +91,12 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, ca
 
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, causal: bool) -> Tensor:
+    """As xformers documents memory_efficient_attention: tensors (B, N, H, D), attn_bias (B, H, N, M) or a causal mask.
+    No GPU has run this: a stand-in of that signature has (tests/test_attention.py)."""
     from xformers import ops
 
+    if torch.is_grad_enabled() and bias is not None and bias.requires_grad:
+        q = q if q.requires_grad or k.requires_grad or v.requires_grad else q.detach().requires_grad_()  # else no graph
     if causal and bias is not None:
         bias = bias.masked_fill(_future(q, k), float("-inf"))
     mask: Any = ops.LowerTriangularMask() if causal and bias is None else bias
