@@ -1,5 +1,6 @@
 """Two processes compute what one computes: gradients within 1e-5, for every recipe. Run by torchrun, over gloo."""
 
+import faulthandler
 import subprocess
 import sys
 from pathlib import Path
@@ -53,7 +54,7 @@ def runs(published, tmp_path_factory):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
     done = subprocess.run([*launch, str(folder / "two")], capture_output=True, text=True, timeout=300,
                           env={**__import__("os").environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-6000:]
     return folder
 
 
@@ -86,5 +87,6 @@ def test_latents_are_shared_out_and_the_same(runs):
 
 
 if __name__ == "__main__":
+    faulthandler.dump_traceback_later(120, exit=True)  # who waits for whom
     torch.set_num_threads(1)
     train_all(Path(sys.argv[1]))

@@ -24,7 +24,7 @@ from t2ct.train.data.source import Item, Source
 from t2ct.train.parts.codebook import SteadyQuantizer
 from t2ct.train.parts.folders import export_folder
 from t2ct.train.parts.tokens import token_ids
-from t2ct.train.recipe import Batch, Recipe, Shown, gather, last_only, ranks
+from t2ct.train.recipe import Batch, Recipe, Shown, gather, last_only, ranks, readable
 from t2ct.train.show.figures import recall
 
 LONGEST_SCALE = math.log(100)
@@ -155,13 +155,15 @@ class CLIPRecipe(Recipe):
         """R@1, R@5 and R@10 of reports for volumes and of volumes for reports."""
         if self.valid is None or not len(self.valid) or self.tokenizer is None:
             return {}
-        device, count = next(weights.parameters()).device, min(len(self.valid), self.config.valid_count)
+        device = next(weights.parameters()).device
         texts, volumes = [], []
-        for i in range(count):
+        for i, item in readable(self.valid, self.config.valid_count, self.config.skip_bad):
             ids = token_ids(self.tokenizer, self.valid.entries[i].texts[:1], self.config.model.clip.text.max_length)
             texts.append(weights.encode_text(ids.to(device))[:, 0])  # type: ignore[operator]
-            hu = torch.from_numpy(self.valid.read(i).hu)[None, None].to(device)
+            hu = torch.from_numpy(item.hu)[None, None].to(device)
             volumes.append(weights.encode_volume(hu.float()))  # type: ignore[operator]
+        if not texts:
+            return {}
         found = recall(torch.cat(texts).float(), torch.cat(volumes).float())
         return {"mean_recall": sum(found.values()) / len(found)} | found
 

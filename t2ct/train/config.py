@@ -112,7 +112,7 @@ class CLIPTraining(Training):
 class LDMTraining(Training):
     """Rectified flow's velocity on latents, the text dropped for some samples."""
 
-    vae: str = key("", "a VAE's run, model folder or safetensors; empty: the preset tiny or embedded trains its own")
+    vae: str = key("", "a VAE's run or model folder; empty: the preset tiny or embedded trains its own")
     clip: str = key("", "a CLIP3D's run or model folder; empty: the preset tiny or embedded trains its own")
     loss: str = key("squared", "of the velocity's error", choices=("squared", "absolute"))
     time: str = key("uniform", "law of the times before the shift", choices=("uniform", "logit-normal"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from t2ct.train.config import Training
 from t2ct.train.data.order import Draw, Samples
-from t2ct.train.data.source import Item
+from t2ct.train.data.source import BadVolume, Item, Source
 
 Batch = dict[str, Tensor]
 Shown = dict[str, float]
@@ -103,6 +103,16 @@ class Recipe:
         raise NotImplementedError
 
 
+def readable(source: Source, count: int, skip_bad: bool) -> Iterator[tuple[int, Item]]:
+    """The first `count` volumes to look at, with their numbers; those that cannot be read are left out if skip_bad."""
+    for i in range(min(len(source), count)):
+        try:
+            yield i, source.read(i)
+        except BadVolume:
+            if not skip_bad:
+                raise
+
+
 def last_only(call: nn.Module, i: int, count: int) -> Any:
     """Gradients travel between devices once an update, with its last micro-batch."""
     waits = isinstance(call, DistributedDataParallel) and i < count - 1
@@ -126,4 +136,4 @@ def sum_ranks(tensors: Iterable[Tensor]) -> None:
             dist.all_reduce(tensor)
 
 
-__all__ = ["Batch", "Call", "Draw", "Item", "Recipe", "Shown", "gather", "last_only", "ranks", "sum_ranks"]
+__all__ = ["Batch", "Call", "Draw", "Item", "Recipe", "Shown", "gather", "last_only", "ranks", "readable", "sum_ranks"]

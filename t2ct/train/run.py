@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import warnings
 from dataclasses import replace
@@ -89,7 +90,8 @@ def train(
     spec = data or DEFAULT_DATA.get(preset)
     if spec is None:
         raise ValueError(f"data: wanted a folder or phantoms:N for the preset {preset}, got nothing")
-    began, threads = _join(), torch.get_num_threads()
+    _join()
+    threads = torch.get_num_threads()
     try:
         where = find_device(device)
         if where.type == "cuda" and ranks()[1] > 1:
@@ -108,29 +110,46 @@ def train(
         return _train(kind, made, preset, spec, root, where, quiet, cache)
     finally:
         torch.set_num_threads(threads)
-        if began:
-            dist.destroy_process_group()
 
 
-def _join() -> bool:
-    """Join the other processes of torchrun, if it launched this one and nobody has joined yet."""
+def _join() -> None:
+    """Join the other processes of torchrun, if it launched this one and nobody has joined yet.
+
+    Once, for the life of the process: who leaves and joins again may find the addresses that the others had before, in
+    the same store, and wait for them without end.
+    """
     if not dist.is_available() or not dist.is_torchelastic_launched() or dist.is_initialized():
-        return False
+        return
     # hours: the first rank draws previews and writes checkpoints while the others wait
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=12))
-    return True
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _refuse_other(root: Path, kind: str, preset: str, data: str, resume: bool) -> None:
+    if ranks()[0] == 0:  # the first process looks for all of them: where it ends, torchrun ends the others
+        _refuse_other_here(root, kind, preset, data, resume)
+    _wait()
+
+
+def _wait() -> None:
+    if ranks()[1] > 1:
+        dist.barrier()
+
+
+def _refuse_other_here(root: Path, kind: str, preset: str, data: str, resume: bool) -> None:
     path = root / "run.json"
     started = root / "starting.json"  # of a run that was killed in the stages before its own
     if not path.exists() and not started.exists():
-        if ranks()[0] == 0:
-            root.mkdir(parents=True, exist_ok=True)
-            write_files({started: json.dumps({"kind": kind, "preset": preset, "data": data}).encode()})
+        root.mkdir(parents=True, exist_ok=True)
+        write_files({started: json.dumps({"kind": kind, "preset": preset, "data": data}).encode()})
         return
     facts = json.loads((path if path.exists() else started).read_text(encoding="utf-8"))
-    if not resume and ranks()[1] == 1:
+    if not resume:
         held = f"{facts['kind']} ({facts['preset']}, {facts['data']})"
         raise ValueError(f"out: wanted a new folder, got {root}, which holds a run of {held}; --resume goes on with it")
     wanted = {"kind": kind, "preset": preset, "data": data}
@@ -197,21 +216,19 @@ def _train(
     if config.threads:
         torch.set_num_threads(config.threads)
     facts = {"format": FORMAT, "kind": kind, "preset": name, "data": data, "steps": config.steps}
-    known = _known(root, config)
+    plan = _known(root, config) if rank == 0 else {}
     recipe = build(kind, config, data, root, device, cache, quiet)
-    if config.checkpoint_blocks or known.get("checkpoint_blocks"):
-        checkpoint_blocks(recipe.parts)
-    plan = known
-    if not known:
+    if rank == 0 and not plan:
         found = _plan(kind, config, device, quiet)
-        if found.checkpoint and not config.checkpoint_blocks:
-            checkpoint_blocks(recipe.parts)
         plan = {"micro": found.micro, "checkpoint_blocks": found.checkpoint}
-        if rank == 0:
-            content = {root / "config.toml": to_toml(config).encode()}
-            write_files(content | {root / "run.json": json.dumps({**facts, **plan}, indent=1).encode()})
-    if world > 1:
-        dist.barrier()
+        content = {root / "config.toml": to_toml(config).encode()}
+        write_files(content | {root / "run.json": json.dumps({**facts, **plan}, indent=1).encode()})
+    if world > 1:  # what the first process decided holds for all
+        plans = [plan]
+        dist.broadcast_object_list(plans)
+        plan = plans[0]
+    if plan["checkpoint_blocks"]:
+        checkpoint_blocks(recipe.parts)
     loop.run(recipe, config, root, device, plan["micro"], quiet)
     if rank == 0:
         write_report(root)
@@ -226,7 +243,7 @@ def _plan(kind: str, config: Training, device: torch.device, quiet: bool) -> Pla
     if not config.memory:
         return Plan(config.micro or share, share, config.checkpoint_blocks)
     plan = make_plan(kind, config, device, world)
-    if ranks()[0] == 0 and not quiet:
+    if not quiet:
         print(plan.text(), flush=True)
     return plan
 

@@ -17,7 +17,7 @@ from t2ct.train.data.order import Draw, Samples, generator
 from t2ct.train.data.source import Item, Source
 from t2ct.train.parts.critic import Critic, RandomFeatures
 from t2ct.train.parts.folders import export_folder
-from t2ct.train.recipe import Batch, Recipe, Shown
+from t2ct.train.recipe import Batch, Recipe, Shown, readable
 from t2ct.train.show.figures import picture_pairs, reconstruction
 
 WINDOW = hu_to_unit(torch.tensor([-160.0, 240.0])).tolist()
@@ -156,11 +156,13 @@ class VAERecipe(Recipe):
         device = next(weights.parameters()).device
         size = max(self.config.patches, key=lambda p: p[0] * p[1] * p[2])
         pairs = []
-        for i in range(min(len(self.valid), self.config.valid_count)):
-            hu = cut(self.valid.read(i).hu, size, None)
+        for _, item in readable(self.valid, self.config.valid_count, self.config.skip_bad):
+            hu = cut(item.hu, size, None)
             x = channels_last(hu_to_unit(torch.from_numpy(hu)[None, None]).to(device))
             mu, _ = weights.encode(x)  # type: ignore[operator]
             pairs.append((x, weights.decode(mu).float()))  # type: ignore[operator]
+        if not pairs:
+            return {}
         folder.mkdir(parents=True, exist_ok=True)
         write_files({folder / f"reconstructions-{step:08d}.png": picture_pairs(pairs[:4])})
         return reconstruction(pairs)

@@ -100,6 +100,10 @@ def _csv(columns: list[str], rows: list[list[str]]) -> bytes:
 def status(folder: str | Path) -> dict[str, str]:
     """Where a run stands, for people. FileNotFoundError where `folder` holds none."""
     root = Path(folder)
+    if not (root / "run.json").is_file() and (root / "starting.json").is_file():  # in the stages before its own
+        facts = json.loads((root / "starting.json").read_text(encoding="utf-8"))
+        stages = [path.parent for path in sorted(root.glob("*/run.json"), key=lambda path: path.stat().st_mtime)]
+        return {name: str(value) for name, value in facts.items()} | {s.name: status(s)["step"] for s in stages}
     if not (root / "run.json").is_file():
         raise FileNotFoundError(f"run: wanted the folder of a run, got {str(folder)!r}, which has no run.json")
     facts = json.loads((root / "run.json").read_text(encoding="utf-8"))
