@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,31 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from t2ct.train.config import Training
-from t2ct.train.data.order import Draw, Samples
+from t2ct.train.data.order import Samples
 from t2ct.train.data.source import BadVolume, Item, Source
 
 Batch = dict[str, Tensor]
 Shown = dict[str, float]
 
 
+_by_itself = False
+
+
+@contextmanager
+def by_itself() -> Iterator[None]:
+    """Inside, this process trains as if there were no others: what has too small a batch to be shared."""
+    global _by_itself
+    _by_itself = True
+    try:
+        yield
+    finally:
+        _by_itself = False
+
+
 def ranks() -> tuple[int, int]:
     """(rank, world size); (0, 1) outside torchrun."""
+    if _by_itself:
+        return 0, 1
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
@@ -134,6 +150,3 @@ def sum_ranks(tensors: Iterable[Tensor]) -> None:
     if ranks()[1] > 1:
         for tensor in tensors:
             dist.all_reduce(tensor)
-
-
-__all__ = ["Batch", "Call", "Draw", "Item", "Recipe", "Shown", "gather", "last_only", "ranks", "readable", "sum_ranks"]

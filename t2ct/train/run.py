@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import json
-import warnings
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -15,13 +14,10 @@ import torch.distributed as dist
 
 from t2ct.checks import find_device
 from t2ct.files import check_output_folder, write_files
-from t2ct.models import CLIP3D, VAE, UNet
-from t2ct.text import Tokenizer
 from t2ct.train import loop
-from t2ct.train.clip import CLIPRecipe
+from t2ct.train.build import build
 from t2ct.train.config import (
     KINDS,
-    CLIPTraining,
     LDMTraining,
     Training,
     VAETraining,
@@ -31,18 +27,11 @@ from t2ct.train.config import (
     to_toml,
     updated,
 )
-from t2ct.train.data import Source, open_data
-from t2ct.train.data.source import cached
-from t2ct.train.latents import LatentSource, encode_source
-from t2ct.train.ldm import LDMRecipe
 from t2ct.train.memory import Plan, checkpoint_blocks, make_plan
-from t2ct.train.parts.folders import find_folder, load_part, load_tokenizer, start_from
-from t2ct.train.parts.lora import add_lora
-from t2ct.train.parts.tokens import warn_of_cuts
+from t2ct.train.parts.folders import find_folder
 from t2ct.train.presets import DEFAULT_DATA, before, preset
-from t2ct.train.recipe import Recipe, ranks
+from t2ct.train.recipe import by_itself, ranks
 from t2ct.train.show.report import write_report
-from t2ct.train.vae import VAERecipe
 
 FORMAT = "t2ct-run-1"
 
@@ -172,8 +161,16 @@ def _stages(
             told = replace(told, start=str(root / "vae-slab"))
         if ranks()[0] == 0 and not quiet:
             print(f"{root}: first its {folder}, {told.steps} steps", flush=True)
-        _refuse_other(root / folder, stage, name, data, True)
-        _train(stage, told, name, data, root / folder, device, quiet, cache)
+        rank, world = ranks()
+        if told.batch % world == 0:
+            _refuse_other(root / folder, stage, name, data, True)
+            _train(stage, told, name, data, root / folder, device, quiet, cache)
+            continue
+        if rank == 0:  # one sample an update is for one process; the others wait
+            with by_itself():
+                _refuse_other(root / folder, stage, name, data, True)
+                _train(stage, told, name, data, root / folder, device, quiet, cache)
+        _wait()
 
 
 def _resolved(kind: str, config: Training, root: Path, name: str) -> Training:
@@ -257,87 +254,3 @@ def _known(root: Path, config: Training) -> dict[str, Any]:
     if changed:
         raise ValueError(f"config: {root} holds a run that was configured otherwise: {'; '.join(changed)}")
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def build(
-    kind: str, config: Training, data: str, root: Path, device: torch.device, cache: Path, quiet: bool = False
-) -> Recipe:  # fmt: skip
-    """The recipe of a run: network, data and all."""
-    root.mkdir(parents=True, exist_ok=True)
-    bad = root / "bad.txt"
-    if isinstance(config, LDMTraining):
-        return _build_ldm(config, data, root, device, cache, quiet)
-    train_set, valid = (_source(config, data, split, cache, bad, kind != "vae") for split in ("train", "valid"))
-    # Before the network and nothing else: what was drawn, read or encoded until here differs where a run goes on.
-    torch.manual_seed(config.seed)
-    if isinstance(config, VAETraining):
-        vae = VAE(config.model.vae)
-        torch.nn.init.constant_(vae.quant_conv_log_sigma.conv.bias, config.log_variance_start)  # type: ignore[arg-type]
-        start_from(vae.to(device), config.start, "vae")
-        return VAERecipe(config, vae, train_set, valid, bad)
-    assert isinstance(config, CLIPTraining)
-    tokenizer = _tokenizer(config, train_set, root)
-    torch.manual_seed(config.seed)
-    clip = CLIP3D(config.model.clip).to(device)
-    start_from(clip, config.start, "clip")
-    return CLIPRecipe(config, clip, tokenizer, train_set, valid, bad)
-
-
-def _source(config: Training, data: str, split: str, cache: Path, bad: Path, texts: bool) -> Source:
-    left_out: list[str] = []
-    source = open_data(data, split, config.model.size, texts=texts, skip_bad=config.skip_bad, bad=left_out)
-    if left_out:
-        known = bad.read_text(encoding="utf-8").splitlines() if bad.exists() else []
-        write_files({bad: ("\n".join([*known, *(n for n in left_out if n not in known)]) + "\n").encode()})
-    return cached(source, cache, config.cache_gb) if len(source) else source
-
-
-def _tokenizer(config: CLIPTraining, source: Source, root: Path) -> Tokenizer:
-    path = root / "tokenizer.json"
-    if config.tokenizer or path.exists():
-        found = Tokenizer.from_file(config.tokenizer or path)
-    elif config.start and not Path(config.start).is_file():
-        found = load_tokenizer(config.start)
-    else:
-        texts = [text for entry in source.entries for text in entry.texts]
-        found = Tokenizer.train(texts, config.model.clip.text.vocab_size)
-    wanted = config.model.clip.text.vocab_size
-    if found.vocab_size != wanted:
-        raise ValueError(f"tokenizer: wanted {wanted} tokens (model.clip.text.vocab_size), got {found.vocab_size}")
-    if ranks()[0] == 0 and not path.exists():
-        write_files({path: found.to_json().encode()})
-    if ranks()[0] == 0:
-        texts = [text for entry in source.entries for text in entry.texts]
-        warn_of_cuts(found, texts, config.model.clip.text.max_length)
-    return found
-
-
-def _build_ldm(
-    config: LDMTraining, data: str, root: Path, device: torch.device, cache: Path, quiet: bool
-) -> LDMRecipe:  # fmt: skip
-    vae, _, digest = load_part(config.vae, "vae", device)
-    clip, _, _ = load_part(config.clip, "clip", device)
-    tokenizer = load_tokenizer(config.clip)
-    found: dict[str, LatentSource] = {}
-    for split in ("train", "valid"):
-        ready = Path(data) / split
-        if (Path(data) / "train" / "index.json").is_file():
-            if (ready / "index.json").is_file():
-                found[split] = LatentSource(ready, digest)
-            continue
-        source = open_data(data, split, config.model.size, skip_bad=config.skip_bad)
-        if len(source):
-            found[split] = encode_source(
-                cached(source, cache, config.cache_gb), vae, digest, root / "latents" / split, device,
-                precision=config.precision, skip_bad=config.skip_bad, told=warnings.warn, quiet=quiet,
-            )  # fmt: skip
-    torch.manual_seed(config.seed)
-    unet = UNet(config.model.unet).to(device)
-    start_from(unet, config.start, "unet")
-    if config.lora:
-        if not config.start:
-            raise ValueError("lora: wanted start=, the model that the adapters are for, got none")
-        add_lora(unet, config.lora, config.seed)
-    return LDMRecipe(config, unet, vae, clip, tokenizer, found["train"], found.get("valid"))
-
-

@@ -1,0 +1,107 @@
+"""From a configuration and data to a recipe: networks, tokenizer, latents."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+
+from t2ct.files import write_files
+from t2ct.models import CLIP3D, VAE, UNet
+from t2ct.text import Tokenizer
+from t2ct.train.clip import CLIPRecipe
+from t2ct.train.config import CLIPTraining, LDMTraining, Training, VAETraining
+from t2ct.train.data import Source, open_data
+from t2ct.train.data.source import cached
+from t2ct.train.latents import LatentSource, encode_source
+from t2ct.train.ldm import LDMRecipe
+from t2ct.train.parts.folders import load_part, load_tokenizer, start_from
+from t2ct.train.parts.lora import add_lora
+from t2ct.train.parts.tokens import warn_of_cuts
+from t2ct.train.recipe import Recipe, ranks
+from t2ct.train.vae import VAERecipe
+
+
+def build(
+    kind: str, config: Training, data: str, root: Path, device: torch.device, cache: Path, quiet: bool = False
+) -> Recipe:  # fmt: skip
+    """The recipe of a run: network, data and all."""
+    root.mkdir(parents=True, exist_ok=True)
+    bad = root / "bad.txt"
+    if isinstance(config, LDMTraining):
+        return _build_ldm(config, data, root, device, cache, quiet)
+    train_set, valid = (_source(config, data, split, cache, bad, kind != "vae") for split in ("train", "valid"))
+    # Before the network and nothing else: what was drawn, read or encoded until here differs where a run goes on.
+    torch.manual_seed(config.seed)
+    if isinstance(config, VAETraining):
+        vae = VAE(config.model.vae)
+        torch.nn.init.constant_(vae.quant_conv_log_sigma.conv.bias, config.log_variance_start)  # type: ignore[arg-type]
+        start_from(vae.to(device), config.start, "vae")
+        return VAERecipe(config, vae, train_set, valid, bad)
+    assert isinstance(config, CLIPTraining)
+    tokenizer = _tokenizer(config, train_set, root)
+    torch.manual_seed(config.seed)
+    clip = CLIP3D(config.model.clip).to(device)
+    start_from(clip, config.start, "clip")
+    return CLIPRecipe(config, clip, tokenizer, train_set, valid, bad)
+
+
+def _source(config: Training, data: str, split: str, cache: Path, bad: Path, texts: bool) -> Source:
+    left_out: list[str] = []
+    source = open_data(data, split, config.model.size, texts=texts, skip_bad=config.skip_bad, bad=left_out)
+    if left_out:
+        known = bad.read_text(encoding="utf-8").splitlines() if bad.exists() else []
+        write_files({bad: ("\n".join([*known, *(n for n in left_out if n not in known)]) + "\n").encode()})
+    return cached(source, cache, config.cache_gb) if len(source) else source
+
+
+def _tokenizer(config: CLIPTraining, source: Source, root: Path) -> Tokenizer:
+    path = root / "tokenizer.json"
+    if config.tokenizer or path.exists():
+        found = Tokenizer.from_file(config.tokenizer or path)
+    elif config.start and not Path(config.start).is_file():
+        found = load_tokenizer(config.start)
+    else:
+        texts = [text for entry in source.entries for text in entry.texts]
+        found = Tokenizer.train(texts, config.model.clip.text.vocab_size)
+    wanted = config.model.clip.text.vocab_size
+    if found.vocab_size != wanted:
+        raise ValueError(f"tokenizer: wanted {wanted} tokens (model.clip.text.vocab_size), got {found.vocab_size}")
+    if ranks()[0] == 0 and not path.exists():
+        write_files({path: found.to_json().encode()})
+    if ranks()[0] == 0:
+        texts = [text for entry in source.entries for text in entry.texts]
+        warn_of_cuts(found, texts, config.model.clip.text.max_length)
+    return found
+
+
+def _build_ldm(
+    config: LDMTraining, data: str, root: Path, device: torch.device, cache: Path, quiet: bool
+) -> LDMRecipe:  # fmt: skip
+    vae, _, digest = load_part(config.vae, "vae", device)
+    clip, _, _ = load_part(config.clip, "clip", device)
+    tokenizer = load_tokenizer(config.clip)
+    found: dict[str, LatentSource] = {}
+    for split in ("train", "valid"):
+        ready = Path(data) / split
+        if (Path(data) / "train" / "index.json").is_file():
+            if (ready / "index.json").is_file():
+                found[split] = LatentSource(ready, digest)
+            continue
+        source = open_data(data, split, config.model.size, skip_bad=config.skip_bad)
+        if len(source):
+            found[split] = encode_source(
+                cached(source, cache, config.cache_gb), vae, digest, root / "latents" / split, device,
+                precision=config.precision, skip_bad=config.skip_bad, told=warnings.warn, quiet=quiet,
+            )  # fmt: skip
+    torch.manual_seed(config.seed)
+    unet = UNet(config.model.unet).to(device)
+    start_from(unet, config.start, "unet")
+    if config.lora:
+        if not config.start:
+            raise ValueError("lora: wanted start=, the model that the adapters are for, got none")
+        add_lora(unet, config.lora, config.seed)
+    return LDMRecipe(config, unet, vae, clip, tokenizer, found["train"], found.get("valid"))
+
+
