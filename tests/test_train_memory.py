@@ -9,7 +9,7 @@ import torch
 from t2ct.models import CLIP3D, VAE, UNetConfig, VAEConfig
 from t2ct.train.config import CLIPTraining, LDMTraining, VAETraining
 from t2ct.train.loop import Run
-from t2ct.train.memory import checkpoint_blocks, make_plan, peak_of, probe_recipe, read_size
+from t2ct.train.memory import checkpoint_blocks, make_plan, peak_of, probe_recipe, probe_shares, read_size, write_size
 from t2ct.train.presets import TINY
 
 CPU = torch.device("cpu")
@@ -93,6 +93,20 @@ def test_blocks_computed_again_give_the_same_gradients(kind):
     assert peaks[1] < peaks[0]
 
 
+def test_probes_are_of_two_sizes():
+    """However coarse a network's grid is: a depth of one step of it can only be made wider."""
+    for kind, config in CONFIGS.items():
+        for size in ((32, 32, 64), (64, 64, 16), (128, 128, 32)):
+            if kind == "clip":
+                size = (32, 32, size[2])
+            patches = {"patches": (size,)} if kind == "vae" else {}
+            recipe = probe_recipe(kind, replace(config, model=replace(config.model, size=size), **patches), CPU)
+            full, shares = probe_shares(recipe, CPU)
+            sizes = [next(iter(recipe.example(CPU, 1, *s).values())).numel() for s in shares]
+            assert full >= sizes[-1] and (len(sizes) == 1 or sizes[1] > sizes[0]), (kind, size)
+            assert len(sizes) == 2 or full == sizes[0], (kind, size)
+
+
 def test_the_memory_that_there_is_decides():
     config = CONFIGS["ldm"]
     free = make_plan("ldm", config, CPU)
@@ -100,11 +114,12 @@ def test_the_memory_that_there_is_decides():
     assert (roomy.micro, roomy.checkpoint) == (4, False)
     tight = make_plan("ldm", replace(config, memory=f"{free.peak / 1e6 * 0.75:.1f}MB"), CPU)
     assert tight.micro < 4 and tight.peak <= tight.limit
-    with pytest.raises(ValueError, match=r"memory: wanted at least [0-9.]+GB for this network, got 1MB"):
+    with pytest.raises(ValueError, match=r"memory: wanted at least [0-9.]+ MB for this network, got 1MB"):
         make_plan("ldm", replace(config, memory="1MB"), CPU)
 
 
 def test_sizes_are_read():
+    assert write_size(1.234e9) == "1.3 GB" and write_size(5e6) == "5 MB"
     assert read_size("24GB") == 24e9 and read_size("1.5 GiB") == 1.5 * 2**30 and read_size("800mb") == 8e8
     for words in ("", "much", "-3GB", "0GB", "3TB"):
         with pytest.raises(ValueError, match="memory: wanted a size such as 24GB"):

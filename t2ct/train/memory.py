@@ -53,8 +53,8 @@ class Plan:
         cut = f"{self.share} samples an update and device, {self.micro} at once"
         return "\n".join((
             f"plan: {cut}, blocks {'computed again' if self.checkpoint else 'kept'} for the gradient",
-            f"predicted peak: {self.peak / 1e9:.2f} GB, of them {self.fixed / 1e9:.2f} GB weights, optimiser, average"
-            + (f"; limit {self.limit / 1e9:.2f} GB" if self.limit else ""),
+            f"predicted peak: {write_size(self.peak)}, of them {write_size(self.fixed)} weights, optimiser, average"
+            + (f"; limit {write_size(self.limit)}" if self.limit else ""),
             f"predicted speed: {self.seconds:.3g} s an update, {days:.3g} h for {self.steps} updates",
         ))  # fmt: skip
 
@@ -65,6 +65,12 @@ def read_size(words: str) -> float:
     if not match or not float(match[1]) > 0:
         raise ValueError(f"memory: wanted a size such as 24GB, got {words!r}")
     return float(match[1]) * UNITS[match[2].upper()]
+
+
+def write_size(size: float) -> str:
+    """Bytes as people write them, rounded up."""
+    unit, name = (1e9, "GB") if size >= 1e9 else (1e6, "MB")
+    return f"{math.ceil(10 * size / unit) / 10:g} {name}"
 
 
 def checkpoint_blocks(parts: Mapping[str, nn.Module]) -> None:
@@ -170,24 +176,39 @@ def _probe(recipe: Recipe, device: torch.device, precision: torch.dtype, batch: 
     return peak_of(run, device), seconds, size
 
 
+def probe_shares(recipe: Recipe, device: torch.device) -> tuple[int, list[tuple[float, float]]]:
+    """Numbers in a whole sample, and the shares of (depth, width) to measure at: two sizes, one where no second is."""
+
+    def size(depth: float, width: float) -> int:
+        return next(iter(recipe.example(torch.device("cpu"), 1, depth, width).values())).numel()
+
+    whole = next(iter(recipe.example(torch.device("cpu"), 1).values()))
+    full, width, depth = whole.numel(), 1.0, min(1.0, max(PROBE, recipe.least / whole.shape[-1]))
+    if device.type == "cpu" and not recipe.wide:  # less of a volume, so that the answer takes seconds
+        width = min(1.0, max(recipe.least / whole.shape[-2], (CPU_VOXELS / (full * depth)) ** 0.5))
+    first = (depth, width)
+    longer = [(min(1.0, times * depth), width) for times in (2, 3, 4, 8)]
+    wider = [] if recipe.wide else [(depth, min(1.0, times * width)) for times in (2, 4)]
+    second = next((shares for shares in (*longer, *wider) if size(*shares) > size(*first)), None)
+    return full, [first, second] if second else [first]
+
+
 def measure(kind: str, config: Training, device: torch.device, blocks: bool) -> Callable[[int], tuple[float, float]]:
     """Probes the recipe; returns micro -> (peak bytes of activations, seconds of a micro-batch)."""
     recipe = probe_recipe(kind, config, device)
     if blocks:
         checkpoint_blocks(recipe.parts)
     precision = find_precision(config.precision, device)
-    whole = next(iter(recipe.example(torch.device("cpu"), 1).values()))
-    full, least = whole.numel(), recipe.least
-    share = min(1.0, max(PROBE, least / whole.shape[-1]))
-    shares, width = (share, min(1.0, 2 * share)), 1.0
-    if device.type == "cpu" and not recipe.wide:  # less of a volume, so that the answer takes seconds
-        width = min(1.0, max(least / whole.shape[-2], (CPU_VOXELS / (full * share)) ** 0.5))
+    full, probes = probe_shares(recipe, device)
 
     @cache
     def at(batch: int) -> tuple[float, float]:
-        """(bytes, seconds) of a whole-sized micro-batch: the line through two depths."""
-        (low, quick, size), (high, slow, deep) = (_probe(recipe, device, precision, batch, s, width) for s in shares)
-        further = (full - deep) / (deep - size) if deep > size else 0.0
+        """(bytes, seconds) of a whole-sized micro-batch: the line through two sizes."""
+        found = [_probe(recipe, device, precision, batch, *shares) for shares in probes]
+        (low, quick, small), (high, slow, large) = found[0], found[-1]
+        if small == large:  # one size alone: what stands still grows with the rest, so it is a bound all the same
+            return high * full / large, slow * full / large
+        further = (full - large) / (large - small)
         return max(high, high + (high - low) * further), max(slow, slow + (slow - quick) * further)
 
     def predict(micro: int) -> tuple[float, float]:
@@ -225,4 +246,4 @@ def make_plan(kind: str, config: Training, device: torch.device, world: int = 1)
                 if not limit or peak <= limit:
                     times = share // micro * (2 if isinstance(config, CLIPTraining) and micro < share else 1)
                     return Plan(micro, share, blocks, fixed, peak, seconds * times, limit, config.steps)
-    raise ValueError(f"memory: wanted at least {smallest / 1e9:.3g}GB for this network, got {config.memory}")
+    raise ValueError(f"memory: wanted at least {write_size(smallest)} for this network, got {config.memory}")

@@ -85,6 +85,8 @@ def train(
         where = find_device(device)
         if where.type == "cuda" and ranks()[1] > 1:
             where = torch.device("cuda", ranks()[0] % torch.cuda.device_count())
+        if made.threads:
+            torch.set_num_threads(made.threads)
         if dry_run:
             print(make_plan(kind, made, where).text())
             return Path(out)
