@@ -1,4 +1,5 @@
-"""3x3x3 convolutions of a UNet's deep levels, and nearest doubling followed by one: torch against t2ct.ops.
+"""3x3x3 convolutions of a UNet's deep levels, nearest doubling followed by one, and small float32 volumes, for which
+torch does not ask oneDNN: torch against t2ct.ops.
 
 Work model: weights read once, x read and y written once; 2 * 27 operations a weight and voxel, whatever a form saves.
 """
@@ -15,6 +16,7 @@ from t2ct.ops import conv3d, conv_cpu, upsample_conv3d, use_backend
 # (C, X, Y, Z), outputs: levels 3 and 2 of the published UNet at 32 x 32 x 16 latents; what it doubles there
 CONVS = (((512, 4, 4, 2), 512), ((1024, 4, 4, 2), 512), ((256, 8, 8, 4), 256), ((768, 8, 8, 4), 256))
 DOUBLED = (((128, 16, 16, 8), 128), ((256, 8, 8, 4), 256), ((128, 32, 32, 16), 128))
+SMALL = (((16, 10, 96, 48), 16), ((80, 12, 12, 6), 80), ((4, 24, 24, 12), 64), ((96, 6, 6, 3), 96), ((64, 8, 8, 4), 64))
 DTYPES = (torch.float32, torch.bfloat16)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
@@ -33,9 +35,11 @@ def forced(backend, op):
 
 FORMS = {
     "conv3d": {"torch": lambda x, w, b: F.conv3d(x, w, b, padding=1), "cpu": forced("cpu", conv3d)},
+    "small_conv3d": {"torch": lambda x, w, b: F.conv3d(x, w, b, padding=1), "cpu": conv3d},
     "upsample_conv3d": {"torch": doubled, "cpu": upsample_conv3d},
 }
 CASES = [("conv3d", *c) for c in CONVS] + [("upsample_conv3d", *c) for c in DOUBLED]
+CASES = [(*case, dtype) for case in CASES for dtype in DTYPES] + [("small_conv3d", *c, torch.float32) for c in SMALL]
 
 
 @functools.lru_cache(maxsize=1)
@@ -51,8 +55,7 @@ def inputs(op, shape, outputs, dtype, device):
 
 
 @pytest.mark.parametrize("form", ("torch", "cpu"))
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-@pytest.mark.parametrize("op,shape,outputs", CASES, ids=str)
+@pytest.mark.parametrize("op,shape,outputs,dtype", CASES, ids=lambda v: str(v).removeprefix("torch."))
 def test_conv(form, op, shape, outputs, dtype, device, measure, benchmark):
     x, weights, b, y = inputs(op, shape, outputs, dtype, device)
     reason = conv_cpu.refusal(x) if form == "cpu" and op == "conv3d" else None

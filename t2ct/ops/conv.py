@@ -117,7 +117,7 @@ def _conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding
 
 def _onednn(x: Tensor, weight: Tensor) -> bool:
     """Where torch takes a float32 volume for too small for oneDNN it writes every voxel 27 times and multiplies
-    matrices: 7 times slower at 10x96x48 voxels of 16 channels, and 27 times the memory. Few voxels under many weights
+    matrices: several times slower (benchmarks/bench_conv.py), and 27 times the memory. Few voxels under many weights
     alone are better off so."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or watched(x) or torch.is_autocast_enabled("cpu"):
         return False
