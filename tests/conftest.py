@@ -36,3 +36,12 @@ def isa(request, monkeypatch):
     torch.manual_seed(0)
     with use_backend("cpu"):
         yield
+
+
+@pytest.fixture
+def one_thread():
+    """torch with one thread: networks of a few voxels only wait for more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -22,17 +22,11 @@ from t2ct.train.config import to_toml
 from t2ct.train.presets import TINY, preset
 from t2ct.train.show.metrics import read_table
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Small enough for phantoms, and with a vocabulary that sixteen of them can teach.
 MODEL = replace(SMALL, clip=replace(SMALL.clip, text=replace(SMALL.clip.text, vocab_size=280, max_length=192)))
 VALUES = ["--data", "phantoms:16", "--quiet", "--device", "cpu"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,8 @@ from t2ct.train.loop import Run
 from t2ct.train.memory import checkpoint_blocks, make_plan, peak_of, probe_recipe, probe_shares, read_size, write_size
 from t2ct.train.presets import TINY
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 MODEL = replace(
     TINY,
@@ -27,14 +29,6 @@ CONFIGS = {
                          batch=4, micro=2, precision="float32"),
     "ldm": LDMTraining(model=MODEL, batch=4, precision="float32", ema=0.9, matrix_learning_rate=0.01),
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def measured(kind, config, blocks, micro):

@@ -21,15 +21,9 @@ from t2ct.train.checkpoint import Checkpoints
 from t2ct.train.loop import EXIT_PREEMPTED, Preempted
 from t2ct.train.show.metrics import read_table
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 END = "checkpoints/step-00000030.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -2,22 +2,13 @@
 // T2CT_PAIRS for bfloat16, whose numbers are multiplied two at a time (VDPBF16PS). No standard library here: see
 // norm_kernels.h.
 #include "conv.h"
-
-#ifdef T2CT_PAIRS
-#include <immintrin.h>
-#endif
+#include "vectors.h"
 
 namespace t2ct {
 namespace {
 
-constexpr int W = T2CT_WIDTH;
 constexpr int V = 2;                   // vectors of a panel
 constexpr int STEP = W == 16 ? 8 : 4;  // rows at a time: STEP * V sums in 32 registers, or in 16
-typedef float vf __attribute__((vector_size(4 * W)));
-typedef float vf_any __attribute__((vector_size(4 * W), aligned(4), may_alias));
-
-inline vf load(const float* p) { return *reinterpret_cast<const vf_any*>(p); }
-inline void store(float* p, vf v) { *reinterpret_cast<vf_any*>(p) = v; }
 
 #ifdef T2CT_PAIRS
 typedef uint16_t number;

@@ -4,23 +4,12 @@
 // Nothing of the standard library is used here: an inline function of it compiled for AVX-512 could be the copy that
 // the linker keeps for everyone.
 #include "norm.h"
-
-#if T2CT_WIDTH > 4
-#include <immintrin.h>
-#endif
+#include "vectors.h"
 
 namespace t2ct {
 namespace {
 
-constexpr int W = T2CT_WIDTH;
-typedef float vf __attribute__((vector_size(4 * W)));
 typedef int32_t vi __attribute__((vector_size(4 * W)));
-typedef uint32_t vu __attribute__((vector_size(4 * W)));
-// Loads and stores go through this: any alignment, any type below (a memcpy into a vector spills, 20 times slower).
-typedef float vf_any __attribute__((vector_size(4 * W), aligned(4), may_alias));
-
-inline vf load(const float* p) { return *reinterpret_cast<const vf_any*>(p); }
-inline void store(float* p, vf v) { *reinterpret_cast<vf_any*>(p) = v; }
 
 // bfloat16 is the upper half of a float32. These three are spelt out where the compiler needs more instructions.
 #if T2CT_WIDTH == 16

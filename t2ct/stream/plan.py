@@ -9,7 +9,7 @@ from itertools import product
 
 from t2ct.stream.budget import format_bytes
 from t2ct.stream.graph import Graph
-from t2ct.stream.simulate import AGAIN, MEMORY, OUTPUT, SPOOL, Buffer, Pass, Simulation, pack, simulate
+from t2ct.stream.simulate import AGAIN, MEMORY, OUTPUT, SPOOL, Buffer, Pass, Totals, pack, simulate
 
 # Rates that weigh recomputing against spooling: operations a second, and bytes a second to and from the spool. They are
 # round figures of the processors this was written on; a plan's bytes do not depend on them.
@@ -18,7 +18,7 @@ INPUT = "input"
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Totals):
     """How a network runs over a volume. Every plan of one network and input gives the same bits.
 
     place[n]: where node n lies, "memory", "spool" (a file, or pinned memory of a GPU's host), "recompute" (nowhere: its
@@ -45,24 +45,13 @@ class Plan:
         return max(p.outside for p in self.passes)
 
     @property
-    def flops(self) -> int:
-        """Operations of all convolutions."""
-        return sum(p.flops for p in self.passes)
-
-    @property
-    def spooled(self) -> int:
-        """Bytes that are written to the spool or read from it."""
-        return sum(p.spooled for p in self.passes)
-
-    @property
     def work(self) -> float:
         """Operations over those of a plan that recomputes nothing: 1.0 and more."""
         return self.flops / sum(self.graph.costs[n].flops for n in range(1, len(self.graph.nodes)))
 
     def used(self, p: int) -> int:
         """Bytes in use during pass p, of the arena what is taken then."""
-        live = sum(b.bytes for b in self.buffers if b.first <= p <= b.last)
-        return live + self.output + self.passes[p].outside
+        return self.live(p) + self.output + self.passes[p].outside
 
     def table(self) -> str:
         """One line a pass: what is computed, its size, where it lies, what is recomputed for it, bytes in use."""
@@ -171,6 +160,3 @@ def _choices(graph: Graph, segment: range, spool: bool) -> Sequence[tuple[str, .
     stored = (MEMORY, SPOOL) if spool else (MEMORY,)
     end = (OUTPUT,) if segment[-1] == len(graph.nodes) - 1 else stored
     return list(product(*[(*stored, AGAIN)] * (len(segment) - 1), end))
-
-
-__all__ = ["Plan", "Simulation", "make_plan", "segments", "smallest_plan"]

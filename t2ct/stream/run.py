@@ -116,7 +116,8 @@ class Run:
             if self.source.is_cuda:
                 self.spools[n] = PinnedSpool(self.source.device, x, shape, dtype)
             else:
-                self.spools[n] = FileSpool(self.folder or ".", x, shape, dtype)
+                assert self.folder is not None  # a plan spools on a CPU only where there is a folder
+                self.spools[n] = FileSpool(self.folder, x, shape, dtype)
         else:
             self.home[n] = n if step.in_place is None else self.home[step.in_place]
             self.memory[n] = self.buffer((self.home[n], "node", 0), (x, *shape))

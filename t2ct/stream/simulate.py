@@ -46,25 +46,34 @@ class Buffer:
     offset: int = 0
 
 
-@dataclass(frozen=True)
-class Simulation:
-    """The passes in order, what they hold, and the bytes of nodes that lie in the spool at each pass."""
+class Totals:
+    """What passes and their buffers come to."""
 
     passes: tuple[Pass, ...]
     buffers: tuple[Buffer, ...]
-    spool: int
 
     @property
     def flops(self) -> int:
+        """Operations of all convolutions."""
         return sum(p.flops for p in self.passes)
 
     @property
     def spooled(self) -> int:
+        """Bytes that are written to the spool or read from it."""
         return sum(p.spooled for p in self.passes)
 
     def live(self, p: int) -> int:
-        """Bytes of the arena in use during pass p, if nothing is lost between buffers."""
+        """Bytes of the arena in use during pass p."""
         return sum(b.bytes for b in self.buffers if b.first <= p <= b.last)
+
+
+@dataclass(frozen=True)
+class Simulation(Totals):
+    """The passes in order, what they hold, and the most bytes that lie in the spool at once."""
+
+    passes: tuple[Pass, ...]
+    buffers: tuple[Buffer, ...]
+    spool: int
 
     def peak(self, outside: int) -> int:
         """The peak if packing loses nothing, where `outside` bytes are allocated beside the arena at least once."""

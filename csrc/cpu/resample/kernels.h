@@ -3,22 +3,12 @@
 //
 // setup.py compiles these units with -ffp-contract=off: which products a compiler fuses may differ from copy to copy of
 // a loop, and the bits with it. multiply_add says what is fused.
+#include "../vectors.h"
 #include "resample.h"
-
-#if T2CT_WIDTH > 4
-#include <immintrin.h>
-#endif
 
 namespace t2ct {
 namespace {
 
-constexpr int W = T2CT_WIDTH;
-typedef float vf __attribute__((vector_size(4 * W)));
-typedef uint32_t vu __attribute__((vector_size(4 * W)));
-typedef float vf_any __attribute__((vector_size(4 * W), aligned(4), may_alias));
-
-inline vf load(const float* p) { return *reinterpret_cast<const vf_any*>(p); }
-inline void store(float* p, vf v) { *reinterpret_cast<vf_any*>(p) = v; }
 inline void store(float* p, vf a, vf b) { store(p, a), store(p + W, b); }
 
 // bfloat16 is the upper half of a float32, rounded to nearest even. A NaN needs no care here: what is rounded was made
