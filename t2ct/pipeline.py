@@ -177,20 +177,20 @@ class T2CTPipeline:
                 raise RuntimeError(
                     f"sampling gave non-finite latents in {self.dtype}; try dtype=torch.float32 or bfloat16"
                 )
-            if output_type == "latent":
-                return z
-            bar = tqdm(total=batch * plan.flops, desc="decoding", unit="FLOP", unit_scale=True, disable=not progress)
-            with bar:  # one by one: less memory
-                units = [
-                    self.vae.decode(
-                        one[None] / self.config.scale_factor,
-                        memory_budget,
-                        spool_dir=spool_dir,
-                        hu=as_hu,
-                        step=bar.update,
-                    )[0, 0]
-                    for one in z
-                ]
+        if output_type == "latent":
+            return z
+        decoded = tqdm(total=batch * plan.flops, desc="decoding", unit="FLOP", unit_scale=True, disable=not progress)
+        with torch.no_grad(), decoded:  # one by one: less memory
+            units = [
+                self.vae.decode(
+                    one[None] / self.config.scale_factor,
+                    memory_budget,
+                    spool_dir=spool_dir,
+                    hu=as_hu,
+                    step=decoded.update,
+                )[0, 0]
+                for one in z
+            ]
         if output_type in ("pt", "np"):
             hu = torch.stack([(u.float() * 2000 - 1000).clamp_(-1000, 1000) for u in units])
             return hu if output_type == "pt" else hu.cpu().numpy()
