@@ -14,8 +14,6 @@ from t2ct.train import train
 from t2ct.train.config import to_toml
 from t2ct.train.presets import preset
 
-pytestmark = pytest.mark.slow  # under load two processes have once waited for one another without end
-
 KINDS = {
     "vae": {"patches": [[16, 16, 16]], "patch_from": [0.0], "critic_from": 0.0, "critic_channels": 4,
             "critic_layers": 1, "learning_rate": 1e-4},
