@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/conv.h"
+#include "cpu/narrow/narrow.h"
 #include "cpu/norm.h"
 #include "cpu/resample/resample.h"
 #include "cuda/driver.h"
@@ -86,6 +87,17 @@ PYBIND11_MODULE(_C, m) {
         "3x3x3, stride 1, padding 1, for small volumes. shape: (n, X, Y, Z, in, out, bfloat16); w (out, in, 3, 3, 3) as "
         "torch keeps it; bias float32 or 0.");
   m.attr("conv3d_bfloat16") = t2ct::conv_has_bfloat16();
+
+  using Pads = std::tuple<int64_t, int64_t, int64_t>;
+  m.def("conv3d_narrow",
+        [](Volume v, Pads p, address x, address w, address bias, address y, int threads, int isa) {
+          const t2ct::NarrowShape shape{std::get<0>(v), std::get<1>(v), std::get<2>(v), std::get<3>(v), std::get<4>(v),
+                                        std::get<5>(v), std::get<0>(p), std::get<1>(p), std::get<2>(p), std::get<6>(v)};
+          t2ct::conv3d_narrow(shape, at<void>(x), at<float>(w), at<float>(bias), at<void>(y), threads, isa);
+        },
+        release(),
+        "3x3x3, stride 1, padding 0 or 1 of each axis, to few channels. shape as conv3d's, in a multiple of 16; "
+        "w (out, 3, 3, 3, in) and bias float32.");
 
   using Grid = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, bool>;
   auto grid = [](const Grid& g) {

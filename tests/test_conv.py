@@ -84,6 +84,60 @@ def test_same_bits_on_any_number_of_threads(dtype):
     assert all(torch.equal(results[0], r) for r in results[1:])
 
 
+# (N, C, X, Y, Z), outputs, padding: tiles of eight along Z that are full, cut short at either end, and none; one voxel
+NARROW = (((1, 16, 3, 4, 21), 1, 1), ((2, 32, 4, 3, 8), 4, (0, 1, 1)), ((1, 48, 5, 4, 11), 2, (1, 0, 0)),
+          ((1, 16, 1, 1, 1), 3, 1), ((1, 64, 3, 3, 10), 1, 0), ((1, 16, 2, 7, 9), 1, 1))  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape,outputs,padding", NARROW, ids=str)
+def test_few_outputs_match_float64(isa, shape, outputs, padding, dtype, monkeypatch):
+    ran = []
+    monkeypatch.setattr(conv_cpu, "narrow", lambda *args, f=conv_cpu.narrow: ran.append(1) or f(*args))
+    x, w, b = make(shape, outputs, dtype)
+    for bias in (b, None):
+        exact = F.conv3d(x.double(), w.double(), None if bias is None else bias.double(), padding=padding)
+        bound = 2 * error(F.conv3d(x, w, bias, padding=padding), exact) + SLACK[dtype] / 10
+        with torch.no_grad():
+            y = conv3d(x, w, bias, padding=padding)
+        assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last_3d) and y.shape == exact.shape
+        assert error(y, exact) <= bound
+    assert len(ran) == 2
+
+
+def test_parts_to_few_outputs_have_the_bits_of_the_whole():
+    """Cut along X, as a stream cuts, and on any number of threads."""
+    x, w, b = make((1, 64, 12, 9, 20), 2, torch.float32)
+    with torch.no_grad():
+        whole = conv3d(x, w, b)
+        part = conv3d(x[:, :, 3:9], w, b, padding=(0, 1, 1))
+        assert torch.equal(part, whole[:, :, 4:8])
+        before = torch.get_num_threads()
+        try:
+            torch.set_num_threads(3)
+            assert torch.equal(conv3d(x, w, b), whole)
+        finally:
+            torch.set_num_threads(before)
+
+
+def test_few_outputs_elsewhere_are_torchs(monkeypatch):
+    def never(*_):
+        raise AssertionError("the compiled kernel ran")
+
+    monkeypatch.setattr(conv_cpu, "narrow", never)
+    x, w, b = make((1, 16, 4, 4, 4), 2, torch.float32)
+    assert conv3d(x, w.clone().requires_grad_(), b).requires_grad
+    with torch.no_grad():
+        conv3d(x, w, b, stride=2)
+        conv3d(x.contiguous(), w, b)  # another memory format
+        conv3d(x, w, b, padding=2)
+        conv3d(x[:, :15].contiguous(memory_format=torch.channels_last_3d), w[:, :15], b)
+        with use_backend("reference"):
+            conv3d(x, w, b)
+    with pytest.raises(AssertionError, match="ran"), torch.no_grad():
+        conv3d(x, w, b)
+
+
 @pytest.mark.parametrize("dtype", (torch.float64, *DTYPES), ids=str)
 @pytest.mark.parametrize("memory_format", (torch.channels_last_3d, torch.contiguous_format), ids=str)
 @pytest.mark.parametrize("size", ((2, 3, 2), (1, 1, 5), (4, 4, 4)), ids=str)

@@ -2,11 +2,11 @@
 #include "conv.h"
 
 #include <algorithm>
-#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "bfloat16.h"
 #include "norm.h"  // the list of instruction sets
 
 namespace t2ct {
@@ -38,13 +38,6 @@ std::vector<int32_t> neighbours(const ConvShape& s, int64_t padded) {
               from[voxel * TAPS + t] = static_cast<int32_t>(((n * s.x + i) * s.y + j) * s.z + k);
           }
   return from;
-}
-
-uint16_t round_bfloat16(float value) {  // to nearest even; a NaN stays one
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  if (value != value) return 0x7fc0;
-  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
 // T: float, or uint16_t for bfloat16, whose numbers k and k + 1 lie together: `pair` of them.

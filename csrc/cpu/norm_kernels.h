@@ -11,33 +11,28 @@ namespace {
 
 typedef int32_t vi __attribute__((vector_size(4 * W)));
 
-// bfloat16 is the upper half of a float32. These three are spelt out where the compiler needs more instructions.
+// Spelt out where the compiler needs more instructions.
 #if T2CT_WIDTH == 16
 inline vf clamp(vf t, float low, float high) {
   return _mm512_min_ps(_mm512_max_ps(t, _mm512_set1_ps(low)), _mm512_set1_ps(high));
 }
-inline vu widen(const uint16_t* p) { return (vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i_u*)p)); }
 inline void narrow(uint16_t* p, vu u) { _mm256_storeu_si256((__m256i_u*)p, _mm512_cvtepi32_epi16((__m512i)u)); }
 #elif T2CT_WIDTH == 8
 inline vf clamp(vf t, float low, float high) {
   return _mm256_min_ps(_mm256_max_ps(t, _mm256_set1_ps(low)), _mm256_set1_ps(high));
 }
-inline vu widen(const uint16_t* p) { return (vu)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i_u*)p)); }
 inline void narrow(uint16_t* p, vu u) {
   __m128i low = _mm256_castsi256_si128((__m256i)u), high = _mm256_extracti128_si256((__m256i)u, 1);
   _mm_storeu_si128((__m128i_u*)p, _mm_packus_epi32(low, high));
 }
 #else
-typedef uint16_t vh __attribute__((vector_size(2 * W), aligned(2), may_alias));
 inline vf clamp(vf t, float low, float high) {
   t = t > low ? t : vf{} + low;
   return t < high ? t : vf{} + high;
 }
-inline vu widen(const uint16_t* p) { return __builtin_convertvector(*reinterpret_cast<const vh*>(p), vu); }
 inline void narrow(uint16_t* p, vu u) { *reinterpret_cast<vh*>(p) = __builtin_convertvector(u, vh); }
 #endif
 
-inline vf load(const uint16_t* p) { return reinterpret_cast<vf>(widen(p) << 16); }
 inline void store(uint16_t* p, vf v) {  // round to nearest even; a NaN stays one
   vu u = reinterpret_cast<vu>(v);
   u += 0x7fffu + ((u >> 16) & 1u);

@@ -60,7 +60,8 @@ UPSAMPLE: Table = {"triton": conv_autograd.upsample_conv3d, "cpu": _folded, "ref
 TABLES = {"conv3d": CONV, "upsample_conv3d": UPSAMPLE}
 NOTES = {  # for explain(); {what} is what runs
     ("conv3d", "cpu"): "{what}: 3x3x3 without gradient, at most "
-    f"{conv_cpu.fast_voxels()} voxels and at least {MANY_WEIGHTS:,} weights; else torch's",
+    f"{conv_cpu.fast_voxels()} voxels and at least {MANY_WEIGHTS:,} weights, or at most {conv_cpu.NARROW} outputs; "
+    "else torch's",
     ("upsample_conv3d", "cpu"): f"folded: without gradient, from {FOLD_VOXELS} voxels on; else doubled, then conv3d",
 }
 
@@ -104,15 +105,25 @@ def _cropped(x, weight, bias, residual, channel_bias, stride, padding):
 
 
 def _conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: Padding) -> Tensor:
+    pads = (padding,) * 3 if isinstance(padding, int) else padding
+    if _narrow(x, weight, bias, stride, pads):
+        return conv_cpu.narrow(x, weight, bias, pads)
     if _inference(x, weight, bias) and tuple(weight.shape[2:]) == (3, 3, 3) and (stride, padding) == (1, 1):
         voxels = x.shape[0] * x.shape[2:].numel()
         pays = voxels <= conv_cpu.fast_voxels() and weight.numel() >= MANY_WEIGHTS and weight.is_contiguous()
         if forced() == "cpu" or (forced() not in CONV and pays and conv_cpu.refusal(x) is None):
             return choose("conv3d", {"cpu": CONV["cpu"]}, x)[1](x, weight, bias)
     if _onednn(x, weight):
-        pads = (padding,) * 3 if isinstance(padding, int) else padding
         return torch.mkldnn_convolution(x, weight, bias, pads, (stride,) * 3, (1, 1, 1), 1)
     return F.conv3d(x, weight, bias, stride, padding)
+
+
+def _narrow(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, pads: tuple[int, int, int]) -> bool:
+    """Few outputs without gradient on a CPU, and no other backend forced."""
+    few = len(weight) <= conv_cpu.NARROW and tuple(weight.shape[2:]) == (3, 3, 3) and stride == 1
+    if not few or forced() in CONV.keys() - {"cpu"} or not _inference(x, weight, bias):
+        return False
+    return conv_cpu.narrow_refusal(x, pads) is None
 
 
 def _onednn(x: Tensor, weight: Tensor) -> bool:

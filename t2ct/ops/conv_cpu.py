@@ -1,4 +1,5 @@
-"""The compiled CPU backend of t2ct.ops.conv: 3x3x3 over small channels-last volumes, without gradient."""
+"""The compiled CPU backend of t2ct.ops.conv: 3x3x3 over small channels-last volumes, and to few channels over volumes
+of any size. Without gradient."""
 
 from __future__ import annotations
 
@@ -10,6 +11,10 @@ from t2ct.ops.dispatch import is_channels_last, native, why_not
 
 # Up to how many voxels the kernel was measured to make a UNet's pass faster (benchmarks/bench_conv.py has it alone).
 FAST_VOXELS = {"avx512": 512, "avx2": 512}
+
+# To at most so many channels `narrow` was measured to be faster than oneDNN (benchmarks/bench_conv.py).
+NARROW = 4
+LANES = 16  # csrc takes channels in sixteens
 
 
 def fast_voxels() -> int:
@@ -39,4 +44,27 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     shape = (n, *size, c, len(weight), x.dtype == torch.bfloat16)
     native().conv3d(shape, x.data_ptr(), weight.data_ptr(), 0 if shift is None else shift.data_ptr(), y.data_ptr(),
                     torch.get_num_threads(), norm_cpu.ISA)
+    return y
+
+
+def narrow_refusal(x: Tensor, padding: tuple[int, int, int]) -> str | None:
+    """Why `narrow` does not take a convolution of stride 1, or None."""
+    reason = why_not("cpu", x.device.type, x.dtype, is_channels_last(x))
+    if reason is None and (x.shape[1] % LANES or not set(padding) <= {0, 1}):
+        reason = f"it wants channels in sixteens and padding of 0 or 1, not {x.shape[1]} and {padding}"
+    if reason is None and any(n + 2 * p < 3 for n, p in zip(x.shape[2:], padding, strict=True)):
+        reason = f"nothing is left of {tuple(x.shape[2:])} voxels"
+    return reason
+
+
+def narrow(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int, int]) -> Tensor:
+    """3x3x3 of stride 1 to few channels, padding 0 or 1 of each axis; what `narrow_refusal` takes."""
+    n, c, *size = x.shape
+    taps = weight.detach().permute(0, 2, 3, 4, 1).float().contiguous()
+    made = [m + 2 * p - 2 for m, p in zip(size, padding, strict=True)]
+    y = torch.empty(n, len(weight), *made, dtype=x.dtype, memory_format=torch.channels_last_3d)
+    shift = None if bias is None else bias.detach().float().contiguous()
+    shape = (n, *size, c, len(weight), x.dtype == torch.bfloat16)
+    native().conv3d_narrow(shape, padding, x.data_ptr(), taps.data_ptr(), 0 if shift is None else shift.data_ptr(),
+                           y.data_ptr(), torch.get_num_threads(), norm_cpu.ISA)
     return y

@@ -15,9 +15,6 @@ inline void store(float* p, vf a, vf b) { store(p, a), store(p + W, b); }
 // of bfloat16 numbers, so a NaN's lower half is 0 and cannot carry into its upper one.
 #if T2CT_WIDTH == 16
 inline vf multiply_add(vf a, float b, vf c) { return _mm512_fmadd_ps(a, _mm512_set1_ps(b), c); }
-inline vf load(const uint16_t* p) {
-  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i_u*)p)), 16);
-}
 inline __m512i rounded(vf v) {
   const __m512i u = (__m512i)v, up = _mm512_add_epi32(u, _mm512_set1_epi32(0x7fff));
   return _mm512_mask_add_epi32(up, _mm512_test_epi32_mask(u, _mm512_set1_epi32(0x10000)), up, _mm512_set1_epi32(1));
@@ -36,9 +33,6 @@ inline void stream(float* p, vf a, vf b) { _mm512_stream_ps(p, a), _mm512_stream
 inline void fence() { _mm_sfence(); }
 #elif T2CT_WIDTH == 8
 inline vf multiply_add(vf a, float b, vf c) { return _mm256_fmadd_ps(a, _mm256_set1_ps(b), c); }
-inline vf load(const uint16_t* p) {
-  return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i_u*)p)), 16);
-}
 inline __m256i upper(vf v) {
   vu u = (vu)v;
   return (__m256i)((u + ((u >> 16 & 1u) + 0x7fffu)) >> 16);
@@ -50,11 +44,7 @@ inline void stream(uint16_t* p, vf a, vf b) { _mm256_stream_si256((__m256i*)p, b
 inline void stream(float* p, vf a, vf b) { _mm256_stream_ps(p, a), _mm256_stream_ps(p + W, b); }
 inline void fence() { _mm_sfence(); }
 #else
-typedef uint16_t vh __attribute__((vector_size(2 * W), aligned(2), may_alias));
 inline vf multiply_add(vf a, float b, vf c) { return a * b + c; }
-inline vf load(const uint16_t* p) {
-  return reinterpret_cast<vf>(__builtin_convertvector(*reinterpret_cast<const vh*>(p), vu) << 16);
-}
 inline void store(uint16_t* p, vf v) {
   vu u = reinterpret_cast<vu>(v);
   *reinterpret_cast<vh*>(p) = __builtin_convertvector((u + ((u >> 16 & 1u) + 0x7fffu)) >> 16, vh);
