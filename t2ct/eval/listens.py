@@ -23,6 +23,7 @@ from t2ct import __version__
 from t2ct.data.phantoms import Finding, Phantom, phantom
 from t2ct.eval.grid import coarsen
 from t2ct.eval.measure import RULES, frame, measure
+from t2ct.eval.metrics.factual import auc
 from t2ct.eval.morphology import smooth
 from t2ct.files import check_outputs, write_files
 from t2ct.train.data.phantoms import draw_names
@@ -107,20 +108,6 @@ def visible(seed: int) -> list[Finding]:
         else:
             findings.append(Finding(name))
     return findings
-
-
-def auc(scores: Sequence[float] | np.ndarray, present: Sequence[bool] | np.ndarray) -> float:
-    """Area under the ROC curve: how often a present one scores above an absent one, ties counting half.
-
-    NaN without both kinds. Raises ValueError for unequal lengths or scores that are not finite.
-    """
-    s, y = np.asarray(scores, float), np.asarray(present, bool)
-    if s.ndim != 1 or s.shape != y.shape or not np.isfinite(s).all():
-        raise ValueError(f"scores: wanted as many finite numbers as present, got {s.shape} and {y.shape}")
-    if y.all() or not y.any():
-        return float("nan")
-    difference = s[y][:, None] - s[~y][None, :]
-    return float((difference > 0).mean() + 0.5 * (difference == 0).mean())
 
 
 def listens(
