@@ -78,16 +78,24 @@ def fit(hu: np.ndarray, spacing: Sequence[float], size: tuple[int, int, int]) ->
     return x[0, 0].round_().to(torch.int16).numpy(), scaled
 
 
-def check_hu(hu: np.ndarray, name: str) -> None:
-    """Warn, with the evidence, where values are no HU: never rescaled, rescaled twice, or something else."""
+def hu_evidence(hu: np.ndarray) -> str | None:
+    """What speaks against the values of a chest CT (X, Y, Z) being HU: not rescaled, rescaled twice, something else."""
     low, middle, high = np.percentile(hu[::4, ::4, ::2], (1, 50, 99))
     shown = f"1st, 50th and 99th percentile are {low:.0f}, {middle:.0f} and {high:.0f}"
     if low > -500:
-        warnings.warn(f"{name}: no air in it: {shown}; slope and intercept were not applied, or no HU", stacklevel=2)
-    elif high < -300:
-        warnings.warn(f"{name}: nothing denser than lung: {shown}; the intercept was applied twice?", stacklevel=2)
-    elif high > 5000:
-        warnings.warn(f"{name}: denser than any tissue: {shown}; the slope was applied twice?", stacklevel=2)
+        return f"no air in it: {shown}; slope and intercept were not applied, or no HU"
+    if high < -300:
+        return f"nothing denser than lung: {shown}; the intercept was applied twice?"
+    if high > 5000:
+        return f"denser than any tissue: {shown}; the slope was applied twice?"
+    return None
+
+
+def check_hu(hu: np.ndarray, name: str) -> None:
+    """Warn, with the evidence, where values are no HU."""
+    evidence = hu_evidence(hu)
+    if evidence:
+        warnings.warn(f"{name}: {evidence}", stacklevel=2)
 
 
 class Cached:
