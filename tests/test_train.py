@@ -35,6 +35,8 @@ from t2ct.train.vae import Patches, VAERecipe, edge_loss, kl_divergence, window_
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_survives_toml(kind, name):
+    if (kind, name) == ("judge", "published"):
+        pytest.skip("the published classifier is another network")
     config = preset(kind, name)
     for comments in (False, True):
         assert updated(type(config)(), read_toml(to_toml(config, comments=comments))) == config

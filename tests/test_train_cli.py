@@ -102,7 +102,7 @@ def test_what_is_refused(runs, tmp_path, capsys):
     assert "wanted the run or the folder of a trained VAE, got nothing" in capsys.readouterr().err
     assert main(["train", "vae", "--out", str(tmp_path / "h")]) == 2
     assert "data: wanted a folder or phantoms:N for the preset recommended" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="kind: wanted one of clip, vae, ldm, got 'gan'"):
+    with pytest.raises(ValueError, match="kind: wanted one of clip, vae, ldm, judge, got 'gan'"):
         train("gan", "phantoms:4", tmp_path / "i")
 
 

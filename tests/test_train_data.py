@@ -13,10 +13,10 @@ from small import SMALL
 from t2ct.data.phantoms import LABELS, ORGANS, phantom
 from t2ct.models import VAE
 from t2ct.train.data import BadVolume, Cached, open_data
+from t2ct.train.data.latents import SHARD, LatentSource, encode_source
 from t2ct.train.data.order import Samples
 from t2ct.train.data.phantoms import WORDINGS, draw_names, small_findings
 from t2ct.train.data.source import check_hu, fingerprint, fit
-from t2ct.train.latents import SHARD, LatentSource, encode_source
 
 SIZE = (16, 16, 16)
 
@@ -219,7 +219,7 @@ def test_a_cache_reads_once_and_mends_itself(tmp_path):
 
 
 def test_latents_are_marked_kept_and_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("t2ct.train.latents.SHARD", 2)
+    monkeypatch.setattr("t2ct.train.data.latents.SHARD", 2)
     torch.manual_seed(0)
     vae, cpu = VAE(SMALL.vae).eval(), torch.device("cpu")
     source = open_data("phantoms:3", "train", SIZE)

@@ -13,9 +13,9 @@ from t2ct.models import CLIP3D, VAE, UNet
 from t2ct.models.quantizer import CosineQuantizer
 from t2ct.train.clip import CLIPRecipe, info_nce
 from t2ct.train.config import CLIPTraining, LDMTraining, VAETraining
+from t2ct.train.data.latents import Latent
 from t2ct.train.data.order import Order, collate
 from t2ct.train.data.source import Entry, Item
-from t2ct.train.latents import Latent
 from t2ct.train.ldm import Flows, LDMRecipe, freeze_dead, measure_scale
 from t2ct.train.optim import Optimisers
 from t2ct.train.parts.codebook import SteadyQuantizer

@@ -1,4 +1,4 @@
-"""`t2ct train clip|vae|ldm`: from reports and volumes, or phantoms, to weights. `t2ct train status`: where a run is."""
+"""`t2ct train clip|vae|ldm|judge`: from volumes, or phantoms, to weights. `t2ct train status`: where a run is."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from typing import Any
 from t2ct.commands import arguments
 from t2ct.train import PRESETS
 
-KINDS = {"clip": "the text and volume encoders", "vae": "the volume's autoencoder", "ldm": "the latent diffusion"}
+KINDS = {
+    "clip": "the text and volume encoders", "vae": "the volume's autoencoder", "ldm": "the latent diffusion",
+    "judge": "the classifier of 18 findings that evaluation asks",
+}  # fmt: skip
 EPILOG = """\
 examples:
   t2ct train ldm --preset tiny --out run          all three networks, small, on phantoms: about a minute
   t2ct train vae --data DIR --out vae --memory 24GB --dry-run
+  t2ct train judge --data DIR --out judge         volumes with 18 labels
   t2ct train ldm --init > run.toml                a commented configuration, for --config
 SIGTERM and SIGUSR1 save and end with code 75; the same command with --resume goes on.
 """

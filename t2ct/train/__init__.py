@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 PRESETS = ("published", "recommended", "embedded", "tiny")
 
 if TYPE_CHECKING:
-    from t2ct.train.latents import make_latents
+    from t2ct.train.data.latents import make_latents
     from t2ct.train.run import train
 
 __all__ = ["PRESETS", "make_latents", "train"]
-_HOMES = {"train": "t2ct.train.run", "make_latents": "t2ct.train.latents"}
+_HOMES = {"train": "t2ct.train.run", "make_latents": "t2ct.train.data.latents"}
 
 
 def __getattr__(name: str) -> Any:

@@ -9,12 +9,15 @@ import torch
 
 from t2ct.files import write_files
 from t2ct.models import CLIP3D, VAE, UNet
+from t2ct.models.judge import Judge
 from t2ct.text import Tokenizer
 from t2ct.train.clip import CLIPRecipe
-from t2ct.train.config import CLIPTraining, LDMTraining, Training, VAETraining
+from t2ct.train.config import CLIPTraining, JudgeTraining, LDMTraining, Training, VAETraining
 from t2ct.train.data import Source, open_data
+from t2ct.train.data.latents import LatentSource, encode_source
+from t2ct.train.data.phantoms import VALID_COUNT
 from t2ct.train.data.source import cached
-from t2ct.train.latents import LatentSource, encode_source
+from t2ct.train.judge import JudgeRecipe
 from t2ct.train.ldm import LDMRecipe
 from t2ct.train.parts.folders import load_part, load_tokenizer, start_from
 from t2ct.train.parts.lora import add_lora
@@ -31,7 +34,7 @@ def build(
     bad = root / "bad.txt"
     if isinstance(config, LDMTraining):
         return _build_ldm(config, data, root, device, cache, quiet)
-    train_set, valid = (_source(config, data, split, cache, bad, kind != "vae") for split in ("train", "valid"))
+    train_set, valid = (_source(config, data, split, cache, bad) for split in ("train", "valid"))
     # Before the network and nothing else: what was drawn, read or encoded until here differs where a run goes on.
     torch.manual_seed(config.seed)
     if isinstance(config, VAETraining):
@@ -39,6 +42,10 @@ def build(
         torch.nn.init.constant_(vae.quant_conv_log_sigma.conv.bias, config.log_variance_start)  # type: ignore[arg-type]
         start_from(vae.to(device), config.start, "vae")
         return VAERecipe(config, vae, train_set, valid, bad)
+    if isinstance(config, JudgeTraining):
+        judge = Judge(config.model).to(device)
+        start_from(judge, config.start, "judge")
+        return JudgeRecipe(config, judge, train_set, valid, bad)
     assert isinstance(config, CLIPTraining)
     tokenizer = _tokenizer(config, train_set, root)
     torch.manual_seed(config.seed)
@@ -47,9 +54,13 @@ def build(
     return CLIPRecipe(config, clip, tokenizer, train_set, valid, bad)
 
 
-def _source(config: Training, data: str, split: str, cache: Path, bad: Path, texts: bool) -> Source:
+def _source(config: Training, data: str, split: str, cache: Path, bad: Path) -> Source:
     left_out: list[str] = []
-    source = open_data(data, split, config.model.size, texts=texts, skip_bad=config.skip_bad, bad=left_out)
+    source = open_data(
+        data, split, config.model.size, texts=isinstance(config, CLIPTraining),
+        labels=isinstance(config, JudgeTraining), skip_bad=config.skip_bad, bad=left_out,
+        valid_count=max(VALID_COUNT, config.valid_count),
+    )  # fmt: skip
     if left_out:
         known = bad.read_text(encoding="utf-8").splitlines() if bad.exists() else []
         write_files({bad: ("\n".join([*known, *(n for n in left_out if n not in known)]) + "\n").encode()})

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from t2ct.config import PipelineConfig
+from t2ct.models.judge import JudgeConfig
 
 C = TypeVar("C")
 PRECISIONS = ("auto", "bf16", "fp16", "float32")
@@ -58,7 +59,7 @@ class Training:
     save_minutes: float = key(5.0, "minutes between checkpoints", free=True)
     keep: int = key(2, "newest checkpoints kept, besides the best", free=True)
     tensorboard: bool = key(False, "also write TensorBoard's files (needs the package tensorboard)", free=True)
-    model: PipelineConfig = field(default_factory=PipelineConfig)
+    model: Any = field(default_factory=PipelineConfig)  # of the judge: a JudgeConfig
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -128,7 +129,21 @@ class LDMTraining(Training):
     preview_steps: int = key(30, "sampling steps of a preview")
 
 
-KINDS: dict[str, type[Training]] = {"clip": CLIPTraining, "vae": VAETraining, "ldm": LDMTraining}
+@dataclass(frozen=True)
+class JudgeTraining(Training):
+    """Binary cross entropy over the findings, each for itself."""
+
+    flip: bool = key(True, "left for right in half of the samples: labels have no sides")
+    move: int = key(2, "voxels at most by which a sample is moved along each axis")
+    shift_hu: float = key(20.0, "HU at most by which a sample is made brighter or darker")
+    noise_hu: float = key(0.0, "standard deviation at most of the noise added to a sample, HU")
+    balance: float = key(0.5, "a finding's cases weigh (cases without / cases with) to this power; 0: as all others")
+    model: JudgeConfig = field(default_factory=JudgeConfig)
+
+
+KINDS: dict[str, type[Training]] = {
+    "clip": CLIPTraining, "vae": VAETraining, "ldm": LDMTraining, "judge": JudgeTraining,
+}  # fmt: skip
 
 
 def updated(config: C, values: Mapping[str, Any], where: str = "config") -> C:

@@ -17,8 +17,8 @@ from t2ct.diffusion import NUM_TRAIN_TIMESTEPS, add_noise, shift_timestep, veloc
 from t2ct.models import CLIP3D, VAE, UNet
 from t2ct.text import Tokenizer
 from t2ct.train.config import LDMTraining
+from t2ct.train.data.latents import Latent, LatentSource
 from t2ct.train.data.order import Draw, Samples, generator
-from t2ct.train.latents import Latent, LatentSource
 from t2ct.train.parts.folders import export_folder
 from t2ct.train.parts.lora import lora_state, merged
 from t2ct.train.parts.tokens import token_ids

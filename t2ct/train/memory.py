@@ -20,11 +20,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from t2ct.models import CLIP3D, VAE, UNet
+from t2ct.models.judge import Judge
 from t2ct.models.text import TextLayer
 from t2ct.models.unet_blocks import ResBlock, SpatialTransformer
 from t2ct.models.vae import ResBlock as VAEBlock
 from t2ct.models.vision import CosineAttention
-from t2ct.train.config import CLIPTraining, LDMTraining, Training, VAETraining
+from t2ct.train.config import CLIPTraining, JudgeTraining, LDMTraining, Training, VAETraining
 from t2ct.train.loop import find_precision
 from t2ct.train.recipe import Recipe
 
@@ -96,6 +97,7 @@ def _when_trained(module: nn.Module, again: Callable[..., Any]) -> Callable[...,
 def probe_recipe(kind: str, config: Training, device: torch.device) -> Recipe:
     """The recipe of a configuration without its data, for measuring."""
     from t2ct.train.clip import CLIPRecipe
+    from t2ct.train.judge import JudgeRecipe
     from t2ct.train.ldm import LDMRecipe
     from t2ct.train.vae import VAERecipe
 
@@ -103,6 +105,8 @@ def probe_recipe(kind: str, config: Training, device: torch.device) -> Recipe:
         return VAERecipe(config, VAE(config.model.vae).to(device), None)
     if isinstance(config, CLIPTraining):
         return CLIPRecipe(config, CLIP3D(config.model.clip).to(device), None, None)
+    if isinstance(config, JudgeTraining):
+        return JudgeRecipe(config, Judge(config.model).to(device), None)
     assert isinstance(config, LDMTraining)
     return LDMRecipe(config, UNet(config.model.unet).to(device), None, None, None, None)
 

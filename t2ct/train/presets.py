@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from t2ct.config import PipelineConfig
 from t2ct.models import CLIP3DConfig, TextConfig, UNetConfig, VAEConfig, VisionConfig
-from t2ct.train.config import CLIPTraining, LDMTraining, Training, VAETraining
+from t2ct.models.judge import JudgeConfig
+from t2ct.train.config import CLIPTraining, JudgeTraining, LDMTraining, Training, VAETraining
 
 EMBEDDED = PipelineConfig(
     name="embedded",
@@ -78,6 +79,7 @@ TINY = PipelineConfig(
 
 # What `--data` is when nothing is said.
 DEFAULT_DATA = {"tiny": "phantoms:64", "embedded": "phantoms:6000"}
+JUDGE_DATA = {"tiny": "phantoms:200", "embedded": "phantoms:6000"}
 OWN_TERMS = {  # of a VAE too small, and trained too briefly, for a critic
     "augment": False,
     "perceptual": "none",
@@ -171,18 +173,41 @@ TINY_RUNS = {
     ),
 }  # fmt: skip
 
+_JUDGE = JudgeTraining(
+    steps=1500, batch=16, learning_rate=2e-3, weight_decay=0.01, warmup=50.0, ema=0.99, valid_count=256,
+    valid_every=250, workers=2, export="float16",
+)  # fmt: skip
+JUDGES = {
+    "recommended": replace(  # for scans: eight times the voxels, and all of CT-RATE some thirty times
+        _JUDGE, steps=50_000, learning_rate=1e-3, warmup=1000.0, ema=0.999, valid_every=2000, valid_count=2000,
+        model=JudgeConfig(size=(192, 192, 96), channels=(24, 48, 96, 160)),
+    ),
+    "embedded": _JUDGE,
+    "tiny": replace(
+        _JUDGE, steps=200, warmup=10.0, ema=0.95, valid_every=0, valid_count=25, workers=0, threads=1,
+        model=JudgeConfig(size=(32, 32, 32), channels=(8, 16, 32)),
+    ),
+}  # fmt: skip
+
 
 def preset(kind: str, name: str) -> Training:
-    """The configuration of `kind` ("clip", "vae" or "ldm") under a preset's name."""
+    """The configuration of `kind` ("clip", "vae", "ldm" or "judge") under a preset's name."""
     tables: dict[str, dict[str, Training]] = {
         "published": dict(PUBLISHED), "recommended": dict(RECOMMENDED), "embedded": dict(EMBEDDED_RUNS),
         "tiny": dict(TINY_RUNS),
     }  # fmt: skip
     if name not in tables:
         raise ValueError(f"preset: wanted one of {', '.join(tables)}, got {name!r}")
-    if kind not in ("clip", "vae", "ldm"):
-        raise ValueError(f"kind: wanted clip, vae or ldm, got {kind!r}")
-    return tables[name][kind]
+    if kind == "judge" and name not in JUDGES:
+        raise ValueError(f"preset: wanted one of {', '.join(JUDGES)} for the judge, got {name!r}")
+    if kind not in ("clip", "vae", "ldm", "judge"):
+        raise ValueError(f"kind: wanted clip, vae, ldm or judge, got {kind!r}")
+    return JUDGES[name] if kind == "judge" else tables[name][kind]
+
+
+def default_data(kind: str, name: str) -> str | None:
+    """What `--data` is when nothing is said, if there is such a thing."""
+    return (JUDGE_DATA if kind == "judge" else DEFAULT_DATA).get(name)
 
 
 def before(kind: str, name: str) -> list[tuple[str, str, Training]]:

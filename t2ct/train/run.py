@@ -29,7 +29,7 @@ from t2ct.train.config import (
 )
 from t2ct.train.memory import Plan, checkpoint_blocks, make_plan
 from t2ct.train.parts.folders import find_folder
-from t2ct.train.presets import DEFAULT_DATA, before, preset
+from t2ct.train.presets import before, default_data, preset
 from t2ct.train.recipe import by_itself, ranks
 from t2ct.train.show.report import write_report
 
@@ -64,7 +64,7 @@ def train(
 ) -> Path:
     """Train a network and return the folder with its final weights, `out`/final.
 
-    kind     "vae", "clip" or "ldm"
+    kind     "vae", "clip", "ldm" or "judge"
     data     "phantoms:N", a prepared folder, a CT-RATE-shaped folder, or for "ldm" a folder of latents; the presets
              tiny and embedded have phantoms of their own
     out      the run's folder; one that holds a run is refused unless `resume`, which goes on, or begins where there is
@@ -76,7 +76,7 @@ def train(
     disk, RuntimeError for gradients that are not finite; `t2ct.train.loop.Preempted` after SIGTERM or SIGUSR1.
     """
     made = configure(kind, preset, config, **values)
-    spec = data or DEFAULT_DATA.get(preset)
+    spec = data or default_data(kind, preset)
     if spec is None:
         raise ValueError(f"data: wanted a folder or phantoms:N for the preset {preset}, got nothing")
     _join()

@@ -12,18 +12,28 @@ from t2ct.train.data.source import HU_LIMIT, Entry, Item
 
 WORDINGS = 4  # reports written of each phantom
 # How many findings a training phantom has. More, and more even, than a hospital's: rare findings would be learnt last.
-SHARE_BY_COUNT = (0.12, 0.36, 0.34, 0.18)
+SHARE_BY_COUNT = (0.12, 0.16, 0.22, 0.22, 0.16, 0.12)
+VALID_COUNT = 64  # phantoms for validation, at most
 VALID_SEED = 500_000_000  # beyond every seed that is trained on, or measured by t2ct.eval
 CELL = 4  # voxels of a latent voxel along an axis
 # Findings so small that the mean of a volume's error hardly sees them.
-SMALL = ("pericardial effusion", "consolidation", "lung nodule", "atelectasis", "arterial wall calcification")
+SMALL = (
+    "pericardial effusion", "consolidation", "lung nodule", "atelectasis", "arterial wall calcification",
+    "medical material", "coronary artery wall calcification", "hiatal hernia", "lymphadenopathy",
+    "pulmonary fibrotic sequela", "peribronchial thickening", "bronchiectasis", "interlobular septal thickening",
+)  # fmt: skip
 
 
-def draw_names(seed: int) -> list[str]:
-    """The findings of training phantom `seed`; pleural effusion counts double, its side being the hardest to learn."""
+def draw_names(
+    seed: int, known: Sequence[str] = tuple(FINDINGS), share_by_count: Sequence[float] = SHARE_BY_COUNT
+) -> list[str]:
+    """The findings of training phantom `seed`; pleural effusion counts double, its side being the hardest to learn.
+
+    known: the findings to draw from, pleural effusion among them. share_by_count: how often there are 0, 1, 2, …
+    """
     rng = np.random.default_rng([seed, 2025])
-    names = [*FINDINGS, "pleural effusion"]
-    chosen = rng.choice(names, size=rng.choice(len(SHARE_BY_COUNT), p=SHARE_BY_COUNT), replace=False)
+    names = [*known, "pleural effusion"]
+    chosen = rng.choice(names, size=rng.choice(len(share_by_count), p=share_by_count), replace=False)
     return sorted(set(chosen.tolist()))
 
 
@@ -35,10 +45,11 @@ def small_findings(mask: np.ndarray) -> np.ndarray:
 
 
 class PhantomSource:
-    """`count` phantoms: seeds 0 to count - 1 to train on; for validation an eighth as many (4 to 64) other seeds."""
+    """`count` phantoms: seeds 0 to count - 1 to train on; for validation an eighth as many (4 to `valid_count`) other
+    seeds."""
 
-    def __init__(self, count: int, split: str, size: tuple[int, int, int]):
-        first, n = (0, count) if split == "train" else (VALID_SEED, min(64, max(4, count // 8)))
+    def __init__(self, count: int, split: str, size: tuple[int, int, int], valid_count: int = VALID_COUNT):
+        first, n = (0, count) if split == "train" else (VALID_SEED, min(valid_count, max(4, count // 8)))
         self.size, self.seeds = size, range(first, first + n)
         self.entries: Sequence[Entry] = _Entries(self.seeds)
 

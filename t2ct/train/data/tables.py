@@ -50,16 +50,16 @@ class FolderSource:
 
 
 def open_folder(
-    folder: str | Path, split: str, size: tuple[int, int, int], *, texts: bool = True, skip_bad: bool = False,
-    bad: list[str] | None = None,
+    folder: str | Path, split: str, size: tuple[int, int, int], *, texts: bool = True, labels: bool = False,
+    skip_bad: bool = False, bad: list[str] | None = None,
 ) -> FolderSource:  # fmt: skip
     """The volumes of `split` in a folder with manifest.csv, or shaped as CT-RATE.
 
     manifest.csv: volume (a path inside the folder), report or findings and impression, optionally labels (18 zeros or
     ones) and split (train, valid). CT-RATE: *_reports.csv with VolumeName, Findings_EN, Impressions_EN, optionally
     *_labels.csv; the volumes anywhere below; files named train… are for training, valid… for validation.
-    Missing volumes, and missing reports where texts are needed, are counted and named in one error, or left out and
-    added to `bad`.
+    Missing volumes, and missing reports or labels where they are needed, are counted and named in one error, or left
+    out and added to `bad`.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -72,6 +72,8 @@ def open_folder(
             problems[row.entry.name] = "no such file"
         elif texts and not row.entry.texts:
             problems[row.entry.name] = "no report"
+        elif labels and row.entry.labels is None:
+            problems[row.entry.name] = "no labels"
     if problems:
         named = "; ".join(f"{name}: {why}" for name, why in list(problems.items())[:SHOWN])
         what = f"data: {len(problems)} of {len(rows)} volumes cannot be used: {named}"

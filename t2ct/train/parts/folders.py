@@ -77,7 +77,7 @@ def start_from(network: nn.Module, path: str, name: str) -> None:
     """Give a network, ready to be trained, the weights that a run, a folder or a .safetensors/.pt file holds."""
     if not path:
         return
-    file = Path(path) if Path(path).is_file() else find_folder(path, "start") / FILES[name]
+    file = Path(path) if Path(path).is_file() else find_folder(path, "start") / f"{name}.safetensors"
     device = next(network.parameters()).device
     state, live = network.state_dict(), {k for k, p in network.named_parameters() if p.requires_grad}
     meta = type(network)(network.config)  # type: ignore[call-arg]

@@ -1,0 +1,161 @@
+"""The judge: every finding a yes or no of its own, and in the end probabilities that mean what they say."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from t2ct.data.phantoms import LABELS
+from t2ct.files import write_files
+from t2ct.models.judge import FILE, Judge
+from t2ct.train.config import JudgeTraining
+from t2ct.train.data.order import Draw, Samples, generator
+from t2ct.train.data.source import Entry, Item, Source
+from t2ct.train.recipe import Batch, Recipe, Shown, readable
+from t2ct.train.show.figures import auc
+
+HEAVIEST = 20.0  # weight of a case of the rarest finding
+PRIOR = 1.0  # of the calibration: how much evidence it takes to leave what training alone would give
+
+
+class Cases:
+    """Prepares a sample: the volume in HU, changed a little, and its labels."""
+
+    def __init__(self, source: Source, config: JudgeTraining):
+        self.entries, self.config = source.entries, config
+
+    def __call__(self, item: Item, draw: Draw) -> Batch:
+        c, rng = self.config, generator(self.config.seed, draw[1])
+        u = torch.rand(3, generator=rng).tolist()
+        hu = torch.from_numpy(item.hu).float()
+        if c.flip and u[0] < 0.5:
+            hu = hu.flip(0)
+        hu = hu + c.shift_hu * (2 * u[1] - 1)
+        if c.noise_hu:
+            hu = hu + c.noise_hu * u[2] * torch.randn(hu.shape, generator=rng)
+        if c.move:
+            by = torch.randint(-c.move, c.move + 1, (3,), generator=rng).tolist()
+            for axis, n in enumerate(by):  # the border's voxels come again
+                places = (torch.arange(hu.shape[axis]) + n).clamp(0, hu.shape[axis] - 1)
+                hu = hu.index_select(axis, places)
+        return {"hu": hu[None], "labels": labels_of(self.entries[draw[0]])}
+
+
+def labels_of(entry: Entry) -> Tensor:
+    """(18,) float32."""
+    return torch.tensor(entry.labels, dtype=torch.float32)
+
+
+class JudgeRecipe(Recipe):
+    """parts: "judge"."""
+
+    config: JudgeTraining
+    better = 1
+
+    def __init__(
+        self, config: JudgeTraining, model: Judge, source: Source | None, valid: Source | None = None,
+        bad: Path | None = None,
+    ):  # fmt: skip
+        if config.model.classes != len(LABELS):
+            raise ValueError(f"model.classes: wanted {len(LABELS)}, the labels of CT-RATE, got {config.model.classes}")
+        self.config, self.model, self.source, self.valid, self.bad = config, model, source, valid, bad
+        self.weight = torch.ones(len(LABELS))
+        if source is not None:
+            share = torch.stack([labels_of(entry) for entry in source.entries]).mean(0)
+            self.weight = class_weights(share, config.balance)
+            missing = [name for name, s in zip(LABELS, share, strict=True) if s in (0, 1)]
+            if missing:
+                told = f"all volumes to train on have them, or none has: {', '.join(missing)}"
+                warnings.warn(f"nothing to learn of {len(missing)} findings: {told}", stacklevel=2)
+        self.parts: dict[str, nn.Module] = {"judge": model}
+
+    def samples(self) -> Samples:
+        assert self.source is not None
+        return Samples(self.source, Cases(self.source, self.config), self.config.skip_bad, self.bad)
+
+    def loss(self, part: str, batch: Batch) -> tuple[Tensor, Shown]:
+        raw = self.model.raw(batch["hu"]).float()
+        weight = self.weight.to(raw.device)
+        return F.binary_cross_entropy_with_logits(raw, batch["labels"], pos_weight=weight), {}
+
+    def validate(self, weights: nn.Module, folder: Path, step: int) -> dict[str, float]:
+        """AUC, mean over the findings that some volumes have and some lack, then of each."""
+        raw, labels = self._seen(weights)
+        areas = {name: auc(raw[:, k], labels[:, k]) for k, name in enumerate(LABELS)} if len(raw) else {}
+        known = [a for a in areas.values() if a == a]
+        if not known:
+            return {}
+        return {"auc_macro": sum(known) / len(known)} | {f"auc_{short(name)}": a for name, a in areas.items()}
+
+    def _seen(self, weights: nn.Module) -> tuple[np.ndarray, np.ndarray]:
+        """Raw logits and labels of the validation split, (N, 18) each."""
+        raw, labels = [], []
+        device = next(weights.parameters()).device
+        if self.valid is not None:
+            for i, item in readable(self.valid, self.config.valid_count, self.config.skip_bad):
+                hu = torch.from_numpy(item.hu).float().to(device)[None, None]
+                raw.append(weights.raw(hu)[0].float().cpu())  # type: ignore[operator]
+                labels.append(labels_of(self.valid.entries[i]))
+        if not raw:
+            return np.zeros((0, len(LABELS))), np.zeros((0, len(LABELS)))
+        return torch.stack(raw).numpy(), torch.stack(labels).numpy()
+
+    def export(self, folder: Path, weights: nn.Module) -> None:
+        """judge.safetensors with the configuration inside, calibrated, and the configuration as config.json."""
+        raw, labels = self._seen(weights)
+        scale, shift = calibrate(torch.from_numpy(raw), torch.from_numpy(labels), self.weight)
+        state = {k: v.detach().float().cpu() for k, v in weights.state_dict().items()}
+        state |= {"scale": scale, "shift": shift}
+        dtype, told = getattr(torch, self.config.export), self.config.model.to_json()
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = {k: v.to(dtype).contiguous() for k, v in state.items()}
+        write_files({folder / FILE: save(kept, {"config": told}), folder / "config.json": told.encode()})
+
+    def example(self, device: torch.device, batch: int, depth: float = 1.0, width: float = 1.0) -> Batch:
+        # Whatever the grid, the network brings it to its own size: there is no smaller sample to measure.
+        hu = torch.randint(-1000, 1000, (batch, 1, *self.config.model.size)).float()
+        return {"hu": hu.to(device), "labels": torch.randint(2, (batch, len(LABELS))).float().to(device)}
+
+
+def short(name: str) -> str:
+    """ "Lung nodule" -> "lung_nodule"."""
+    return name.lower().replace(" ", "_")
+
+
+def class_weights(share: Tensor, balance: float) -> Tensor:
+    """The weight of a case of each finding, from the share of volumes that have it; between 1/20 and 20."""
+    odds = (1 - share).clamp_min(1e-6) / share.clamp_min(1e-6)
+    return (odds**balance).clamp(1 / HEAVIEST, HEAVIEST)
+
+
+def calibrate(raw: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(scale, shift), (classes,) each, with which scale * raw + shift has the smallest cross entropy (Platt 1999).
+
+    raw, labels: (N, classes). weight: the weight that each finding's cases had in training, which moved its logits by
+    its logarithm; that undone is where the search begins, and where a finding stays of which N volumes say little.
+    """
+    start = -weight.double().log()
+    log_scale, shift = torch.zeros_like(start), start.clone()
+    x, y = raw.double(), labels.double()
+    if len(x):
+        with torch.enable_grad():
+            unknown = [log_scale.requires_grad_(), shift.requires_grad_()]
+            search = torch.optim.LBFGS(unknown, max_iter=200, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
+
+            def loss() -> Tensor:
+                search.zero_grad()
+                entropy = F.binary_cross_entropy_with_logits(x * log_scale.exp() + shift, y, reduction="sum")
+                far = PRIOR / 2 * (log_scale.square().sum() + (shift - start).square().sum())
+                (entropy + far).backward()
+                return entropy + far
+
+            step: Callable[..., object] = search.step
+            step(loss)
+    return log_scale.detach().exp().float(), shift.detach().float()
