@@ -17,9 +17,19 @@ NAMED = {
     "lung nodule": r"nodule",
     "emphysema": r"emphysem",
     "atelectasis": r"atelectasis",
-    "arterial wall calcification": r"calcifi",
+    "arterial wall calcification": r"(aort|arterial|atherosc).*calcifi|calcifi.*(aort|arterial|atherosc)",
+    "medical material": r"pacemaker|defibrillator|icd|port|catheter|tube|drain|wires|sutures|prosthe|device",
+    "coronary artery wall calcification": r"coronary",
+    "hiatal hernia": r"hiat(al|us) hernia",
+    "lymphadenopathy": r"lymph",
+    "lung opacity": r"ground-glass|lung opacity",
+    "pulmonary fibrotic sequela": r"fibro|sequela",
+    "mosaic attenuation pattern": r"mosaic",
+    "peribronchial thickening": r"peribronchial|bronchial wall",
+    "bronchiectasis": r"bronchiecta",
+    "interlobular septal thickening": r"\bsept(al|a)\b",
 }
-DENIES = re.compile(r"\b(no|not|without|normal|clear)\b")
+DENIES = re.compile(r"\b(no|not|without|normal|clear|unremarkable)\b")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +56,9 @@ def test_absent_findings_are_only_mentioned_to_deny_them(many):
         here = {f.name for f in p.present}
         for name in set(FINDINGS) - here:
             for c in clauses(p.prompt):
-                if re.search(NAMED[name], c) and not (name == "pleural effusion" and "atelectasis" in c):
+                part = {"pleural effusion": "atelectasis", "lung opacity": "consolidat",
+                        "arterial wall calcification": "coronary"}.get(name)  # fmt: skip
+                if re.search(NAMED[name], c) and not (part and part in c):
                     assert DENIES.search(c), (seed, name, c)
 
 
@@ -54,7 +66,8 @@ def test_sides_are_the_sides_drawn(many):
     other = {"right": r"\bleft\b", "left": r"\bright\b"}
     for seed, p in many.items():
         if len(p.present) == 1 and p.present[0].side in other:
-            assert not re.search(other[p.present[0].side], p.prompt.lower()), (seed, p.prompt)
+            text = p.prompt.lower().replace("right heart", "")
+            assert not re.search(other[p.present[0].side], text), (seed, p.prompt)
 
 
 def test_labels_agree_with_findings(many):
@@ -66,7 +79,7 @@ def test_frequencies_are_learnable(many):
     normal = sum(not p.present for p in many.values()) / len(many)
     assert 0.15 < normal < 0.35
     for name in FINDINGS:
-        assert 0.1 < sum(any(f.name == name for f in p.present) for p in many.values()) / len(many) < 0.4, name
+        assert 0.05 < sum(any(f.name == name for f in p.present) for p in many.values()) / len(many) < 0.4, name
     short = sum(p.report["impression"] == "" for p in many.values()) / len(many)
     assert 0.15 < short < 0.35
 
@@ -75,7 +88,7 @@ def test_prompt_is_made_of_the_report(many):
     for p in many.values():
         findings, impression = p.report["findings"], p.report["impression"]
         assert p.prompt == (f"Findings: {findings} Impression: {impression}" if impression else findings)
-        assert 1 <= len(p.prompt.split()) <= 130
+        assert 1 <= len(p.prompt.split()) <= 200
         assert "{" not in p.prompt and "  " not in p.prompt and "None" not in p.prompt and "nan" not in p.prompt.split()
 
 

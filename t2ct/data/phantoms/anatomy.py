@@ -92,6 +92,7 @@ class Anatomy:
     frame: Frame
     pericardial_fluid: float = 0.0  # mm, mean thickness
     volume_loss: dict[int, float] = field(default_factory=dict)  # side -> mm the diaphragm is drawn up
+    retraction: dict[int, float] = field(default_factory=dict)  # side -> mm the fissures are drawn up
 
     # --- chest cage ---------------------------------------------------------------------------------------------
     def cage_axes(self, z: Array) -> tuple[Array, Array, Array]:
@@ -198,9 +199,10 @@ class Anatomy:
 
     def lobe(self, x: Array, y: Array, z: Array) -> dict[str, Array]:
         """Signed distances (mm, negative in the lobe's side of the fissures) of "upper", "middle" and "lower"."""
-        oblique = (z + np.float32(12 - self.fissure) + np.float32(0.85) * (y + 8)) * np.float32(0.76)
-        horizontal = z + np.float32(6 - self.fissure)
         right = x > 0
+        rise = np.where(right, np.float32(self.retraction.get(1, 0.0)), np.float32(self.retraction.get(-1, 0.0)))
+        oblique = (z - rise + np.float32(12 - self.fissure) + np.float32(0.85) * (y + 8)) * np.float32(0.76)
+        horizontal = z - rise + np.float32(6 - self.fissure)
         return {
             "lower": oblique,
             "middle": np.where(right, np.maximum(-oblique, horizontal), np.float32(999)),

@@ -7,6 +7,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from t2ct.data.phantoms.organs import BIT_OF_ORGAN
+
 Box = tuple[slice, slice, slice]
 Array = np.ndarray
 
@@ -14,7 +16,6 @@ Array = np.ndarray
 def f32(values: object) -> Array:
     """`values` as a float32 array: single precision is what keeps a phantom under a second."""
     return np.asarray(values, np.float32)
-
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,9 @@ class Canvas:
         self.axes = (gx, gy, gz)
         self.x, self.y, self.z = frame.to_patient(gx[:, None, None], gy[None, :, None], gz[None, None, :])
         self.hu = np.full(size, -1000, np.float32)
-        self.mask = np.zeros(size, np.uint8)
+        self.mask = np.zeros(size, np.uint8)  # numbers of ORGANS
+        self.parts = np.zeros(size, np.uint8)  # numbers of PARTS
+        self.bits = np.zeros(size, np.uint32)  # one bit per finding
         # One blending width for all directions: the root mean square voxel edge, in standard-patient mm.
         edges = np.array(spacing) / np.array(frame.scale)
         self.width = float(np.sqrt(np.mean(edges**2)))
@@ -103,15 +106,30 @@ class Canvas:
         alpha += np.float32(0.5)
         return np.clip(alpha, 0, 1, out=alpha)
 
-    def paint(self, box: Box, alpha: Array, value: Array | float, label: int | None = None, least: float = 0.5) -> None:
-        """Blend `value` HU over the box with opacity `alpha`; voxels covered by more than `least` take `label`."""
+    def paint(
+        self, box: Box, alpha: Array, value: Array | float, label: int | None = None, least: float = 0.5, part: int = 0
+    ) -> None:
+        """Blend `value` HU over the box with opacity `alpha`; voxels covered by more than `least` take `label`.
+
+        A label of an organ replaces what was there, its part too; that of a finding leaves the anatomy under it.
+        """
         hu = self.hu[box]
         hu += alpha * (f32(value) - hu)
         if label is not None:
-            np.copyto(self.mask[box], np.uint8(label), where=alpha > np.float32(least))
+            self.label(box, alpha > np.float32(least), label, part)
+
+    def label(self, box: Box, where: Array, label: int, part: int = 0) -> None:
+        """Mark voxels without changing their HU."""
+        np.copyto(self.mask[box], np.uint8(label), where=where)
+        if label in BIT_OF_ORGAN:
+            self.bits[box] |= where.astype(np.uint32) << np.uint32(BIT_OF_ORGAN[label])
+        else:
+            np.copyto(self.parts[box], np.uint8(part), where=where)
 
     def splat(self, points: Array, weights: Array, scanner: bool = False) -> tuple[Box, Array]:
         """Volume fraction of points (N, 3) carrying `weights` mm^3 (standard-patient mm unless `scanner`)."""
+        if not len(points):
+            return (slice(0, 0),) * 3, np.zeros((0, 0, 0), np.float32)
         if not scanner:
             points = self.frame.to_scanner(points)
             weights = weights * f32(np.prod(self.scale))
@@ -223,10 +241,10 @@ def fill_tube(
     up = _cross(side, tangent)
     side *= np.float32(flatten)
     need = np.ceil(np.pi * radius**2 * flatten / step**2)
-    points, weights = [], []
+    points, weights = [np.zeros((0, 3), np.float32)], [np.zeros(0, np.float32)]
     low = 0
     for count in (1, 3, 6, 12, 24, 48, 96, 400):
-        pick = np.flatnonzero((need > low) & (need <= count)) if count < 400 else np.flatnonzero(need > low)
+        pick = np.flatnonzero((need > low) & ((need <= count) | (count == 400)))
         low = count
         if not len(pick):
             continue

@@ -14,9 +14,9 @@ import numpy as np
 from t2ct.data.phantoms.anatomy import draw_anatomy
 from t2ct.data.phantoms.body import paint_abdomen, paint_bones, paint_table, paint_wall
 from t2ct.data.phantoms.canvas import Canvas
-from t2ct.data.phantoms.chest import paint_lungs, paint_mediastinum
+from t2ct.data.phantoms.chest import grow_trees, paint_lungs, paint_mediastinum
 from t2ct.data.phantoms.findings import FINDINGS, LABELS, Finding, Scene, complete, draw_findings
-from t2ct.data.phantoms.organs import ORGANS
+from t2ct.data.phantoms.organs import FINDING_BITS, ORGAN, ORGANS, PART, PARTS
 from t2ct.data.phantoms.report import write_report
 from t2ct.data.phantoms.scanner import scan
 
@@ -34,7 +34,9 @@ class Phantom:
 
     hu: (X, Y, Z) int16 HU, axes RAS. affine: (4, 4) float64 voxel -> RAS mm. report: "findings" and "impression".
     prompt: the text a model is trained on. labels: (18,) uint8 in the order of `LABELS`. present: the findings drawn.
-    mask: (X, Y, Z) uint8, numbers are indices into `ORGANS`.
+    mask: (X, Y, Z) uint8, numbers are indices into `ORGANS`. parts: (X, Y, Z) uint8, indices into `PARTS`: lobes,
+    chambers, bones, … under whatever is wrong with them. bits: (X, Y, Z) uint32, one bit per finding; see
+    `finding_mask` and `organ_mask`.
     """
 
     seed: int
@@ -45,6 +47,24 @@ class Phantom:
     labels: np.ndarray
     present: tuple[Finding, ...]
     mask: np.ndarray
+    parts: np.ndarray | None = None
+    bits: np.ndarray | None = None
+
+    def finding_mask(self, name: str) -> np.ndarray:
+        """(X, Y, Z) bool: the voxels of a finding, also where another finding covers it. Raises ValueError."""
+        if name not in FINDING_BITS:
+            raise ValueError(f"name: wanted one of {list(FINDING_BITS)}, got {name!r}")
+        if self.bits is None:
+            return np.zeros(self.mask.shape, bool)
+        return self.bits & np.uint32(1 << FINDING_BITS[name]) != 0
+
+    def organ_mask(self, name: str) -> np.ndarray:
+        """(X, Y, Z) bool: the voxels of an organ of `ORGANS` or a part of `PARTS`. Raises ValueError."""
+        if name in PART and self.parts is not None:
+            return self.parts == PART[name]
+        if name in ORGAN:
+            return self.mask == ORGAN[name]
+        raise ValueError(f"name: wanted one of {[*ORGANS, *PARTS[1:]]}, got {name!r}")
 
     @cached_property
     def volume(self) -> Volume:
@@ -160,8 +180,9 @@ def phantom(
     lungs = anatomy.lungs(x, y, z)
     body = paint_wall(canvas, anatomy, cage)
     paint_abdomen(canvas, anatomy, cage, _stream(seed, "abdomen"))
-    alpha = paint_lungs(canvas, anatomy, lungs, _stream(seed, "lungs"))
-    scene = Scene(canvas, anatomy, lungs, alpha, present, _stream(seed, "points"))
+    trees = grow_trees(anatomy, _stream(seed, "trees"))
+    alpha = paint_lungs(canvas, anatomy, lungs, trees, _stream(seed, "lungs"))
+    scene = Scene(canvas, anatomy, lungs, alpha, present, _stream(seed, "points"), trees)
     paint_mediastinum(canvas, anatomy)
     paint_bones(canvas, anatomy, body)
     for f in sorted(present, key=lambda f: FINDINGS[f.name].layer):
@@ -169,7 +190,8 @@ def phantom(
     paint_table(canvas)
     hu = scan(canvas.hu, spacing, _stream(seed, "scanner"))
 
-    return Phantom(seed, hu, canvas.affine, text.report, text.prompt, text.labels, present, canvas.mask)
+    return Phantom(seed, hu, canvas.affine, text.report, text.prompt, text.labels, present, canvas.mask,
+                   canvas.parts, canvas.bits)  # fmt: skip
 
 
 def _triple(name: str, value: object, least: float) -> tuple[float, float, float]:

@@ -59,7 +59,47 @@ def _slots(f: Finding, rng: np.random.Generator, pick: Pick, sized: float = 0.85
     if f.size_mm is not None:
         n = f.size_mm
         mm = pick((f"{n:g} mm", f"{n:g} mm", f"{n / 10:.1f} cm", f"{n:g}x{max(3, n - int(rng.integers(0, 3))):g} mm"))
-    return {"size": size, "side": side, "place": place, "hemi": hemi, "mm": mm, "lobe": lobe}
+    where = "in both lungs" if both else f"in the {f.side} lung"
+    return {"size": size, "side": side, "place": place, "hemi": hemi, "where": where, "mm": mm, "lobe": lobe,
+            "kind": f.kind or "", "station": _station(f, pick), "device": _device(f, pick),
+            "vessel": _vessel(f, pick)}  # fmt: skip
+
+
+def _station(f: Finding, pick: Pick) -> str:
+    """Where lymph nodes are."""
+    if f.kind in ("hilar", "axillary"):
+        region = {"hilar": ("hilum", "hilar region"), "axillary": ("axilla", "axillary region")}[f.kind]
+        return f"both {pick((f'{f.kind} regions', f'{f.kind} stations'))}" if f.side == "bilateral" else \
+            f"the {f.side} {pick(region)}"
+    return pick((f"the {f.kind} region", f"the {f.kind} station", f"the mediastinum ({f.kind})"))
+
+
+def _device(f: Finding, pick: Pick) -> str:
+    """What was implanted."""
+    options = {
+        "pacemaker": ("a {side}-sided pacemaker with leads in the right heart", "a pacemaker on the {side} chest wall",
+                      "a cardiac pacemaker, {side} side, with its electrodes"),
+        "defibrillator": ("an implanted defibrillator (ICD) on the {side} chest wall",
+                          "a {side}-sided ICD with its electrodes"),
+        "port catheter": ("a port catheter on the {side} chest wall",
+                          "a {side} port with the catheter tip in the superior vena cava", "a {side} port catheter"),
+        "central venous catheter": ("a central venous catheter from the {side} jugular vein",
+                                    "a {side} jugular central venous catheter"),
+        "sternal wires": ("sternotomy wires", "median sternotomy wires"),
+        "endotracheal tube": ("an endotracheal tube", "an endotracheal tube in the trachea", "an intubation tube"),
+        "nasogastric tube": ("a nasogastric tube", "a nasogastric tube ending in the stomach", "a feeding tube"),
+        "chest tube": ("a {side} chest tube", "a {side}-sided thoracic drainage catheter", 
+                       "a chest drain on the {side}"),
+        "aortic valve prosthesis": ("an aortic valve prosthesis", "a prosthetic aortic valve"),
+    }.get(f.kind or "", ("medical material",))  # fmt: skip
+    return pick(options).format(side=f.side)
+
+
+def _vessel(f: Finding, pick: Pick) -> str:
+    """Which coronary arteries."""
+    if f.kind == "multivessel":
+        return pick(("the coronary arteries", "all three coronary arteries", "multiple coronary arteries"))
+    return pick((f"the {f.kind} coronary artery", f"the {f.kind} coronary artery", "the coronary arteries"))
 
 
 def _fill(template: str, slots: dict[str, str]) -> str:

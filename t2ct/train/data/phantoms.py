@@ -14,7 +14,8 @@ WORDINGS = 4  # reports written of each phantom
 # How many findings a training phantom has. More, and more even, than a hospital's: rare findings would be learnt last.
 SHARE_BY_COUNT = (0.12, 0.16, 0.22, 0.22, 0.16, 0.12)
 VALID_COUNT = 64  # phantoms for validation, at most
-VALID_SEED = 500_000_000  # beyond every seed that is trained on, or measured by t2ct.eval
+VALID_SEED = 500_000_000  # beyond every seed that is trained on, or measured by t2ct.eval.listens
+TEST_SEED = 600_000_000
 CELL = 4  # voxels of a latent voxel along an axis
 # Findings so small that the mean of a volume's error hardly sees them.
 SMALL = (
@@ -45,11 +46,12 @@ def small_findings(mask: np.ndarray) -> np.ndarray:
 
 
 class PhantomSource:
-    """`count` phantoms: seeds 0 to count - 1 to train on; for validation an eighth as many (4 to `valid_count`) other
-    seeds."""
+    """`count` phantoms: seeds 0 to count - 1 to train on ("train"); for validation an eighth as many (4 to
+    `valid_count`) other seeds ("valid"); `count` others that only evaluation sees ("test")."""
 
     def __init__(self, count: int, split: str, size: tuple[int, int, int], valid_count: int = VALID_COUNT):
-        first, n = (0, count) if split == "train" else (VALID_SEED, min(valid_count, max(4, count // 8)))
+        first, n = (VALID_SEED, min(valid_count, max(4, count // 8))) if split == "valid" else (0, count)
+        first += TEST_SEED * (split == "test")
         self.size, self.seeds = size, range(first, first + n)
         self.entries: Sequence[Entry] = _Entries(self.seeds)
 

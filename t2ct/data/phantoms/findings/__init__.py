@@ -6,31 +6,35 @@ from collections.abc import Callable
 
 import numpy as np
 
+from t2ct.data.phantoms.findings.airways import Bronchiectasis, PeribronchialThickening
 from t2ct.data.phantoms.findings.base import LABELS, SIDES, Disease, Finding, Scene
+from t2ct.data.phantoms.findings.devices import MedicalMaterial
 from t2ct.data.phantoms.findings.heart import ArterialWallCalcification, Cardiomegaly, PericardialEffusion
+from t2ct.data.phantoms.findings.interstitium import (
+    InterlobularSeptalThickening,
+    MosaicAttenuation,
+    PulmonaryFibroticSequela,
+)
 from t2ct.data.phantoms.findings.lung import Atelectasis, Consolidation, Emphysema, LungNodule
+from t2ct.data.phantoms.findings.mediastinum import CoronaryCalcification, HiatalHernia, Lymphadenopathy
+from t2ct.data.phantoms.findings.opacity import LungOpacity
 from t2ct.data.phantoms.findings.pleura import PleuralEffusion
+from t2ct.data.phantoms.findings.together import draw_together
 
 FINDINGS: dict[str, Disease] = {
     disease.name: disease
     for disease in (
         PleuralEffusion(), PericardialEffusion(), Cardiomegaly(), Consolidation(), LungNodule(), Emphysema(),
-        Atelectasis(), ArterialWallCalcification(),
+        Atelectasis(), ArterialWallCalcification(), MedicalMaterial(), CoronaryCalcification(), HiatalHernia(),
+        Lymphadenopathy(), LungOpacity(), PulmonaryFibroticSequela(), MosaicAttenuation(), PeribronchialThickening(),
+        Bronchiectasis(), InterlobularSeptalThickening(),
     )
 }  # fmt: skip
 
 
 def draw_findings(rng: np.random.Generator) -> list[Finding]:
-    """A quarter normal, otherwise one to four findings; some effusions bring atelectasis beside them."""
-    if rng.random() < 0.25:
-        return []
-    names = list(FINDINGS)
-    weights = np.array([FINDINGS[n].weight for n in names])
-    count = int(rng.choice([1, 2, 3, 4], p=[0.3, 0.33, 0.22, 0.15]))
-    chosen = [str(n) for n in rng.choice(names, size=count, replace=False, p=weights / weights.sum())]
-    if "pleural effusion" in chosen and "atelectasis" not in chosen and rng.random() < 0.4:
-        chosen.append("atelectasis")
-    return [Finding(n) for n in chosen]
+    """About a quarter normal, otherwise one to six findings that come together as in patients: `together`."""
+    return [Finding(name) for name in draw_together(rng)]
 
 
 def complete(wanted: list[Finding], stream: Callable[[str], np.random.Generator]) -> tuple[Finding, ...]:

@@ -11,6 +11,7 @@ import numpy as np
 from t2ct.data.phantoms.anatomy import Anatomy
 from t2ct.data.phantoms.body import ALL
 from t2ct.data.phantoms.canvas import Array, Box, Canvas
+from t2ct.data.phantoms.trees import Tree
 
 POINTS = 8000  # drawn per side for `Scene.points`
 SIDES = {"right": (1,), "left": (-1,), "bilateral": (1, -1)}
@@ -65,6 +66,7 @@ class Scene:
     alpha: Array  # opacity of the lungs
     present: tuple[Finding, ...]
     rng: np.random.Generator
+    trees: dict[tuple[int, str], tuple[Tree, Tree]]  # (side, lobe) -> arteries with bronchi, veins
 
     # side -> function of (x, y, z, lungs) that gives the distance above the surface of the pleural fluid
     fluid: dict[int, Callable[[Array, Array, Array, Array], Array]] = field(default_factory=dict)
@@ -108,7 +110,6 @@ class Disease:
 
     name: str
     label: str  # the CT-RATE name
-    weight: float = 1.0  # relative frequency in random draws
     layer: int = 0  # drawing order
     sides: dict[str, float] = {}  # allowed values and how often they are drawn
     lobes: dict[str, float] = {}
@@ -143,3 +144,17 @@ class Disease:
 
     def paint(self, scene: Scene, f: Finding, rng: np.random.Generator) -> None:
         """Draw into the scene."""
+
+
+def dry_side(asked: Finding, filled: Finding, others: list[Finding]) -> Finding:
+    """Move a lesion whose side is free away from a large effusion that would drown it."""
+    for o in others:
+        if o.name == "pleural effusion" and o.size in ("moderate", "large") and asked.side is None:
+            if o.side != "bilateral":
+                dry = "left" if o.side == "right" else "right"
+                lobe = "upper" if filled.lobe == "middle" and dry == "left" and asked.lobe is None else filled.lobe
+                if not (lobe == "middle" and dry == "left"):
+                    return replace(filled, side=dry, lobe=lobe)
+            elif asked.lobe is None:
+                return replace(filled, lobe="upper")
+    return filled

@@ -8,35 +8,45 @@ from t2ct.data.phantoms.anatomy import Anatomy
 from t2ct.data.phantoms.canvas import path
 from t2ct.data.phantoms.chest import aorta_path
 from t2ct.data.phantoms.findings.base import Disease, Finding, Scene
-from t2ct.data.phantoms.organs import ORGAN
+from t2ct.data.phantoms.organs import FINDING_BITS, ORGAN
 
 
 class Cardiomegaly(Disease):
     """A heart wider than 0.55 of the inner chest."""
 
-    name, label, weight = "cardiomegaly", "Cardiomegaly", 1.25
+    name, label, layer = "cardiomegaly", "Cardiomegaly", -2
     sizes = {"mild": 0.3, "moderate": 0.4, "severe": 0.3}
     ratio = {"mild": (0.56, 0.59), "moderate": (0.59, 0.64), "severe": (0.64, 0.69)}
 
     def prepare(self, anatomy: Anatomy, f: Finding, rng: np.random.Generator) -> None:
         anatomy.heart_ratio = float(rng.uniform(*self.ratio[f.size or "moderate"]))
 
+    def paint(self, scene: Scene, f: Finding, rng: np.random.Generator) -> None:
+        heart = scene.canvas.mask == ORGAN["heart"]
+        scene.canvas.bits |= heart.astype(np.uint32) << np.uint32(FINDING_BITS[self.name])
+
 
 class PericardialEffusion(Disease):
     """Fluid in the pericardial sac: a band around the heart, thicker behind and below. Drawn with the heart."""
 
-    name, label, weight = "pericardial effusion", "Pericardial effusion", 1.1
+    name, label, layer = "pericardial effusion", "Pericardial effusion", -2
     sizes = {"small": 0.3, "moderate": 0.4, "large": 0.3}
     thickness = {"small": (5, 7), "moderate": (10, 13), "large": (17, 22)}
 
     def prepare(self, anatomy: Anatomy, f: Finding, rng: np.random.Generator) -> None:
         anatomy.pericardial_fluid = float(rng.uniform(*self.thickness[f.size or "moderate"]))
 
+    def paint(self, scene: Scene, f: Finding, rng: np.random.Generator) -> None:
+        # The sac was painted whole, then the heart into it: what is left of it is the fluid.
+        bit = np.uint32(1 << FINDING_BITS[self.name])
+        scene.canvas.bits &= ~bit
+        scene.canvas.bits |= np.where(scene.canvas.mask == ORGAN[self.name], bit, np.uint32(0))
+
 
 class ArterialWallCalcification(Disease):
     """Bright plaques in the wall of the aorta."""
 
-    name, label, weight, layer = "arterial wall calcification", "Arterial wall calcification", 1.15, 0
+    name, label, layer = "arterial wall calcification", "Arterial wall calcification", 0
     sizes = {"mild": 0.3, "moderate": 0.4, "severe": 0.3}
     plaques = {"mild": (4, 6), "moderate": (8, 13), "severe": (17, 26)}
 

@@ -10,7 +10,7 @@ from t2ct.data.phantoms.anatomy import Anatomy
 from t2ct.data.phantoms.body import ALL, ellipsoid_points
 from t2ct.data.phantoms.canvas import f32, path, tube
 from t2ct.data.phantoms.chest import HILUM
-from t2ct.data.phantoms.findings.base import SIDES, Disease, Finding, Scene
+from t2ct.data.phantoms.findings.base import SIDES, Disease, Finding, Scene, dry_side
 from t2ct.data.phantoms.organs import ORGAN
 
 ENHANCED = {"none": 0.0, "arterial": 25.0, "venous": 40.0}
@@ -19,13 +19,13 @@ ENHANCED = {"none": 0.0, "arterial": 25.0, "venous": 40.0}
 class Consolidation(Disease):
     """Airspace filled with fluid: opaque lung with a ground-glass rim, stopped by fissures, with open bronchi in it."""
 
-    name, label, weight, layer = "consolidation", "Consolidation", 1.15, 3
+    name, label, layer = "consolidation", "Consolidation", 3
     sides = {"right": 0.42, "left": 0.38, "bilateral": 0.2}
     lobes = {"upper": 0.38, "middle": 0.14, "lower": 0.48}
     sizes = {"segmental": 0.6, "lobar": 0.4}
 
     def fill(self, f: Finding, rng: np.random.Generator, others: list[Finding]) -> Finding:
-        return _dry_side(self, f, super().fill(f, rng, others), others)
+        return dry_side(f, super().fill(f, rng, others), others)
 
     def paint(self, scene: Scene, f: Finding, rng: np.random.Generator) -> None:
         a, canvas = scene.anatomy, scene.canvas
@@ -66,7 +66,7 @@ class Consolidation(Disease):
 class LungNodule(Disease):
     """A solid round nodule of known diameter, or several of them."""
 
-    name, label, weight, layer = "lung nodule", "Lung nodule", 1.3, 4
+    name, label, layer = "lung nodule", "Lung nodule", 4
     sides = {"right": 0.52, "left": 0.48}
     lobes = {"upper": 0.45, "middle": 0.12, "lower": 0.43}
     sizes = {"small": 0.12, "medium": 0.44, "large": 0.44}
@@ -78,7 +78,7 @@ class LungNodule(Disease):
                 raise ValueError(f"size_mm of {self.name}: wanted 3 to 30 mm, got {f.size_mm!r}")
             word = "small" if f.size_mm < 12.5 else "medium" if f.size_mm < 20 else "large"
             f = replace(f, size=f.size or word)
-        filled = _dry_side(self, f, super().fill(f, rng, others), others)
+        filled = dry_side(f, super().fill(f, rng, others), others)
         low, high = self.diameter[filled.size or "medium"]
         diameter = int(rng.integers(low, high, endpoint=True))
         several = rng.random() < 0.25
@@ -108,7 +108,7 @@ class LungNodule(Disease):
 class Emphysema(Disease):
     """Holes without walls in the upper lungs (centrilobular) or under the pleura (paraseptal, with bullae)."""
 
-    name, label, weight, layer = "emphysema", "Emphysema", 1.2, 0
+    name, label, layer = "emphysema", "Emphysema", 0
     sizes = {"mild": 0.3, "moderate": 0.37, "severe": 0.33}
     kinds = {"centrilobular": 0.65, "paraseptal": 0.35}
     threshold = {"mild": 0.95, "moderate": 0.5, "severe": 0.05}
@@ -151,7 +151,7 @@ class Emphysema(Disease):
 class Atelectasis(Disease):
     """Airless lung: plates at the base, a collapsed lower lobe, or lung compressed by pleural fluid."""
 
-    name, label, weight, layer = "atelectasis", "Atelectasis", 0.9, 2
+    name, label, layer = "atelectasis", "Atelectasis", 2
     sides = {"right": 0.38, "left": 0.37, "bilateral": 0.25}
     lobes = {"lower": 1.0}
     kinds = {"linear": 0.6, "lobar": 0.4, "compressive": 0.0}
@@ -215,20 +215,6 @@ class Atelectasis(Disease):
             alpha = np.clip((thick / 2 - off) / width + 0.5, 0, 1) * min(1.0, thick / width + 0.35)
             alpha = alpha * edge * scene.alpha[box] * (x * side > 0)
             canvas.paint(box, alpha.astype(np.float32), 10.0, ORGAN["atelectasis"], least=0.3)
-
-
-def _dry_side(disease: Disease, asked: Finding, filled: Finding, others: list[Finding]) -> Finding:
-    """Move a lesion whose side is free away from a large effusion that would drown it."""
-    for o in others:
-        if o.name == "pleural effusion" and o.size in ("moderate", "large") and asked.side is None:
-            if o.side != "bilateral":
-                dry = "left" if o.side == "right" else "right"
-                lobe = "upper" if filled.lobe == "middle" and dry == "left" and asked.lobe is None else filled.lobe
-                if not (lobe == "middle" and dry == "left"):
-                    return replace(filled, side=dry, lobe=lobe)
-            elif asked.lobe is None:
-                return replace(filled, lobe="upper")
-    return filled
 
 
 def _clear_of(scene: Scene, points: np.ndarray, radius: float) -> np.ndarray:

@@ -23,7 +23,7 @@ def _surface(
 class PleuralEffusion(Disease):
     """Fluid that layers behind the lung, deepest at its base, and climbs the chest wall as a meniscus."""
 
-    name, label, weight, layer = "pleural effusion", "Pleural effusion", 1.5, 1
+    name, label, layer = "pleural effusion", "Pleural effusion", 1
     sides = {"right": 0.37, "left": 0.33, "bilateral": 0.3}
     sizes = {"trace": 0.06, "small": 0.27, "moderate": 0.33, "large": 0.34}
     millilitres = {"trace": (70, 130), "small": (230, 420), "moderate": (600, 950), "large": (1250, 1900)}
@@ -55,4 +55,7 @@ class PleuralEffusion(Disease):
             if f.size in ("moderate", "large"):
                 squeezed = np.exp(-np.maximum(field, 0) / 30) * scene.alpha * (canvas.x * side > 0)
                 canvas.hu += squeezed * np.float32(70)
+            fluid = alpha > 0.5  # where fluid is, no lung is left for other findings
+            canvas.bits[fluid] = 0
+            canvas.parts[fluid] = 0
             canvas.paint(ALL, alpha, float(rng.uniform(4, 16)), ORGAN["pleural effusion"])
