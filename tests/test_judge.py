@@ -12,13 +12,13 @@ from scipy.stats import mannwhitneyu
 from t2ct.cli import main
 from t2ct.data.phantoms import LABELS
 from t2ct.data.volume import Volume
+from t2ct.eval.metrics.factual import auc
 from t2ct.models.judge import Judge, JudgeConfig, fit_volume, load_judge
 from t2ct.train.config import JudgeTraining
 from t2ct.train.data.source import Entry, Item, fit
 from t2ct.train.judge import Cases, JudgeRecipe, calibrate, class_weights
 from t2ct.train.loop import run
 from t2ct.train.presets import PUBLISHED, preset
-from t2ct.train.show.figures import auc
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,13 +13,13 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from t2ct.data.phantoms import LABELS
+from t2ct.eval.metrics.factual import auc
 from t2ct.files import write_files
 from t2ct.models.judge import FILE, Judge
 from t2ct.train.config import JudgeTraining
 from t2ct.train.data.order import Draw, Samples, generator
 from t2ct.train.data.source import Entry, Item, Source
 from t2ct.train.recipe import Batch, Recipe, Shown, readable
-from t2ct.train.show.figures import auc
 
 HEAVIEST = 20.0  # weight of a case of the rarest finding
 PRIOR = 1.0  # of the calibration: how much evidence it takes to leave what training alone would give

@@ -12,7 +12,9 @@ from t2ct.data.phantoms import LABELS
 from t2ct.text import form_prompt
 from t2ct.train.data.source import BadVolume, Entry, Item, check_hu, fit
 
-SPLITS = {"train": "train", "training": "train", "valid": "valid", "validation": "valid", "val": "valid"}
+SPLITS = {
+    "train": "train", "training": "train", "valid": "valid", "validation": "valid", "val": "valid", "test": "test",
+}  # fmt: skip
 VALID_EVERY = 20  # without a split of its own, one volume in so many is kept for validation
 SHOWN = 5  # of the volumes that an error counts
 
@@ -56,16 +58,12 @@ def open_folder(
     """The volumes of `split` in a folder with manifest.csv, or shaped as CT-RATE.
 
     manifest.csv: volume (a path inside the folder), report or findings and impression, optionally labels (18 zeros or
-    ones) and split (train, valid). CT-RATE: *_reports.csv with VolumeName, Findings_EN, Impressions_EN, optionally
-    *_labels.csv; the volumes anywhere below; files named train… are for training, valid… for validation.
+    ones) and split (train, valid, test). CT-RATE: *_reports.csv with VolumeName, Findings_EN, Impressions_EN and
+    perhaps *_labels.csv; the volumes anywhere below; files named train… are for training, valid… for validation.
     Missing volumes, and missing reports or labels where they are needed, are counted and named in one error, or left
     out and added to `bad`.
     """
-    root = Path(folder)
-    if not root.is_dir():
-        raise FileNotFoundError(f"data: wanted a folder or phantoms:N, got {str(folder)!r}, which is no folder")
-    manifest = root / "manifest.csv"
-    rows = list(_manifest(root, manifest) if manifest.is_file() else _ct_rate(root))
+    rows = read_rows(folder)
     problems = {}
     for row in rows:
         if not row.path.is_file():
@@ -89,6 +87,15 @@ def open_folder(
     if not chosen and split == "train":
         raise ValueError(f"data: wanted at least one volume to train on, got none of {len(rows)} in {folder}")
     return FolderSource(chosen, size)
+
+
+def read_rows(folder: str | Path) -> list[Row]:
+    """All volumes that the tables of a folder name, whether they are there or not. Errors as of `open_folder`."""
+    root = Path(folder)
+    if not root.is_dir():
+        raise FileNotFoundError(f"data: wanted a folder or phantoms:N, got {str(folder)!r}, which is no folder")
+    manifest = root / "manifest.csv"
+    return list(_manifest(root, manifest) if manifest.is_file() else _ct_rate(root))
 
 
 def _table(path: Path, wanted: Iterable[str] = ()) -> list[dict[str, str]]:

@@ -70,18 +70,6 @@ def picture_pairs(pairs: Sequence[Pair]) -> bytes:
     return buffer.getvalue()
 
 
-def auc(score: np.ndarray, label: np.ndarray) -> float:
-    """Area under the ROC curve of scores (N,) for labels (N,) of 0 and 1: how often a case scores above a volume
-    without the finding, ties counting half (Mann and Whitney 1947). NaN where there are no cases, or nothing else."""
-    cases = int(label.sum())
-    others = len(label) - cases
-    if not cases or not others:
-        return float("nan")
-    _, inverse, counts = np.unique(score, return_inverse=True, return_counts=True)
-    rank = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-    return float((rank[label == 1].sum() - cases * (cases + 1) / 2) / (cases * others))
-
-
 @torch.no_grad()
 def recall(text: Tensor, volume: Tensor, at: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
     """Retrieval in both directions: share of rows whose own partner is among the `k` most similar; (N, E) unit rows.
