@@ -7,13 +7,38 @@ evaluated on any grid and at single points.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, wraps
 
 import numpy as np
 
 from t2ct.data.phantoms.canvas import Array, Frame, f32
+
+BLOCK = 1 << 17  # voxels evaluated at once: temporaries that stay in a cache are several times faster
+
+
+def blocked(function: Callable) -> Callable:
+    """A method of (x, y, z, …) evaluated a few planes of large grids at a time."""
+
+    @wraps(function)
+    def run(self: Anatomy, *arrays: Array) -> Array | dict[str, Array]:
+        shape = np.broadcast_shapes(*(a.shape for a in arrays))
+        if len(shape) != 3 or np.prod(shape) <= BLOCK:
+            return function(self, *arrays)
+        rows = max(1, BLOCK // (shape[1] * shape[2]))
+        whole: dict[str, Array] = {}
+        for first in range(0, shape[0], rows):
+            part = slice(first, first + rows)
+            value = function(self, *(a[part] if a.shape[0] == shape[0] else a for a in arrays))
+            for name, piece in (value if isinstance(value, dict) else {"": value}).items():
+                if not first:
+                    whole[name] = np.empty(shape, piece.dtype)
+                whole[name][part] = piece
+        return whole.get("", whole)
+
+    return run
+
 
 _TABLE = np.arange(-260, 261, 2, dtype=np.float32)
 
@@ -105,6 +130,7 @@ class Anatomy:
         back = back - np.float32(self.kyphosis) * (1 - (z / 110) ** 2).clip(-1, 1)
         return a, b, back + b
 
+    @blocked
     def cage(self, x: Array, y: Array, z: Array) -> Array:
         """Inner chest wall (parietal pleura) and, below the ribs, inner abdominal wall."""
         a, b, centre = self.cage_axes(z)
@@ -157,6 +183,7 @@ class Anatomy:
         return heart - np.float32(3.0) - np.float32(self.pericardial_fluid) * lower
 
     # --- lungs --------------------------------------------------------------------------------------------------
+    @blocked
     def diaphragm(self, x: Array, y: Array) -> Array:
         """Height of the two domes over (x, y)."""
         right = np.float32(self.dome[0] + self.volume_loss.get(1, 0.0))
@@ -187,6 +214,7 @@ class Anatomy:
         out = smooth_min(out, septum, 14)
         return smooth_min(out, sac, 12)
 
+    @blocked
     def lungs(self, x: Array, y: Array, z: Array) -> Array:
         """Both pleural spaces in one field (right where x > 0): what lung, or fluid, can fill."""
         cage = self.cage(x, y, z)
@@ -197,6 +225,7 @@ class Anatomy:
         out = smooth_max(out, (self.diaphragm(x, y) - z) * np.float32(0.75), 6)
         return smooth_max(out, -self.mediastinum(x, y, z), 7)
 
+    @blocked
     def lobe(self, x: Array, y: Array, z: Array) -> dict[str, Array]:
         """Signed distances (mm, negative in the lobe's side of the fissures) of "upper", "middle" and "lower"."""
         right = x > 0

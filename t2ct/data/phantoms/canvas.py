@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -11,6 +12,7 @@ from t2ct.data.phantoms.organs import BIT_OF_ORGAN
 
 Box = tuple[slice, slice, slice]
 Array = np.ndarray
+ALL: Box = (slice(None), slice(None), slice(None))
 
 
 def f32(values: object) -> Array:
@@ -56,6 +58,9 @@ class Frame:
         return np.stack([x, y, z], axis=1) + f32(self.shift)
 
 
+SLAB = 1 << 17  # voxels
+
+
 class Canvas:
     """HU and organ labels on a grid centred on the scanner's origin, axes RAS.
 
@@ -99,6 +104,13 @@ class Canvas:
     def at(self, box: Box) -> tuple[Array, Array, Array]:
         """Patient coordinates inside `box`, broadcastable."""
         return self.x[box], self.y[box], self.z[:, :, box[2]]
+
+    def slabs(self, box: Box = ALL) -> Iterator[Box]:
+        """Boxes that together are `box`, each small enough for its temporaries to stay in a cache."""
+        (start, stop, _), *rest = (s.indices(n) for s, n in zip(box, self.size, strict=True))
+        rows = max(1, SLAB // max(1, int(np.prod([max(b - a, 0) for a, b, _ in rest]))))
+        for first in range(start, stop, rows):
+            yield (slice(first, min(first + rows, stop)), box[1], box[2])
 
     def inside(self, sdf: Array, width: float | None = None) -> Array:
         """Share of a voxel inside a surface from the signed distance (mm, negative inside)."""
@@ -168,17 +180,28 @@ class Canvas:
 
     def texture(self, rng: np.random.Generator, pitch: float, box: Box | None = None) -> Array:
         """Smooth noise of unit variance with features of about `pitch` mm, the same field on every grid."""
+        return self.grain(rng, pitch)(ALL if box is None else box)
+
+    def grain(self, rng: np.random.Generator, pitch: float) -> Callable[[Box], Array]:
+        """`texture` as a function of a box, for what is painted piece by piece."""
         nodes = [int(np.ceil(extent / pitch)) + 3 for extent in (420.0, 420.0, 420.0)]
         field = rng.standard_normal(nodes, dtype=np.float32)
-        box = box or (slice(None), slice(None), slice(None))
-        for axis, part in zip(self.axes, box, strict=True):
-            u = (axis[part] + np.float32(210)) / np.float32(pitch) + 1
+        weights = []
+        for axis in self.axes:
+            u = (axis + np.float32(210)) / np.float32(pitch) + 1
             # Cubic B-spline weights; columns normalised to unit energy so that the variance stays one.
             d = np.abs(u[:, None] - np.arange(field.shape[0], dtype=np.float32)[None])
             w = np.where(d < 1, 2 / 3 - d * d * (1 - d / 2), np.where(d < 2, (2 - d) ** 3 / 6, 0))
-            w = (w / np.sqrt((w * w).sum(1, keepdims=True))).astype(np.float32)
-            field = np.tensordot(field, w, axes=(0, 1))  # moves the axis just done to the end: three times is a cycle
-        return field
+            weights.append((w / np.sqrt(np.maximum((w * w).sum(1, keepdims=True), 1e-12))).astype(np.float32))
+
+        def at(box: Box) -> Array:
+            values = field
+            for weight, part in zip(weights, box, strict=True):
+                # Moves the axis just done to the end: three times is a cycle.
+                values = np.tensordot(values, weight[part], axes=(0, 1))
+            return values
+
+        return at
 
 
 @lru_cache(maxsize=256)

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from t2ct.data.phantoms.anatomy import Anatomy, aorta_x
-from t2ct.data.phantoms.body import ALL
 from t2ct.data.phantoms.canvas import Array, Canvas, f32, path, tube
 from t2ct.data.phantoms.heart import paint_heart
 from t2ct.data.phantoms.organs import ORGAN, PART
 from t2ct.data.phantoms.trees import ARTERY, BRONCHI, LOBES, TIPS, VEINS, Tree, bronchi, fill, grow
 
 HILUM = {1: (36.0, -22.0, 2.0), -1: (-40.0, -26.0, 4.0)}
+GRADIENT = 0.2  # HU per mm: the lung of a patient on the back is denser behind
 AIR, BRONCHUS = -990.0, 25.0  # HU of the air in an airway and of its wall
 
 
@@ -37,33 +37,39 @@ def paint_lungs(
     canvas: Canvas, a: Anatomy, lungs: Array, trees: dict[tuple[int, str], tuple[Tree, Tree]], rng: np.random.Generator
 ) -> Array:
     """Aerated lung, denser towards the back, with its vessels, bronchi and fissures; returns its opacity."""
-    x, y, z = canvas.x, canvas.y, canvas.z
-    alpha = canvas.inside(lungs)
-    air = canvas.texture(rng, 26.0)
-    air *= np.float32(9)
-    air += np.float32(a.lung_hu) - np.float32(0.2) * y
-    lobes = a.lobe(x, y, z)
-    solid = alpha > 0.5
-    for side, name in ((1, "right"), (-1, "left")):
-        half = solid & (x * side > 0)
-        for s, lobe in LOBES:
-            if s == side:
-                part = PART[f"{name} {lobe} lobe"]
-                canvas.label(ALL, half & (lobes[lobe] <= 0), ORGAN[f"{name} lung"], part)
-        np.copyto(canvas.mask, np.uint8(ORGAN[f"{name} lung"]), where=half)
-    canvas.hu += alpha * (air - canvas.hu)
-    within = alpha * alpha
-    thin = np.float32(0.6 / canvas.width)  # a fissure is about a millimetre: it shows by its share of the voxel
-    line = np.maximum(1 - np.abs(lobes["lower"]) / np.float32(canvas.width), 0)
-    right = np.maximum(1 - np.abs(lobes["middle"]) / np.float32(canvas.width), 0) * (x > 0)
-    canvas.paint(ALL, np.maximum(line, right) * thin * within, -300.0)
+    alpha = np.empty(canvas.size, np.float32)
+    coarse, fine = canvas.grain(rng, 26.0), canvas.grain(rng, 5.5)
+    # A fissure is about a millimetre: it shows by its share of the voxel.
+    width, thin = np.float32(canvas.width), np.float32(0.6 / canvas.width)
+    for box in canvas.slabs():
+        x, y, z = canvas.at(box)
+        share = alpha[box] = canvas.inside(lungs[box])
+        if not share.any():
+            continue
+        air = coarse(box)
+        air *= np.float32(9)
+        air += fine(box) * np.float32(11)
+        air += np.float32(a.lung_hu) - np.float32(GRADIENT) * y
+        lobes = a.lobe(x, y, z)
+        solid = share > 0.5
+        for side, name in ((1, "right"), (-1, "left")):
+            half = solid & (x * side > 0)
+            canvas.label(box, half, ORGAN[f"{name} lung"])
+            for s, lobe in LOBES:
+                if s == side:
+                    part = PART[f"{name} {lobe} lobe"]
+                    np.copyto(canvas.parts[box], np.uint8(part), where=half & (lobes[lobe] <= 0))
+        line = np.maximum(1 - np.abs(lobes["lower"]) / width, 0)
+        right = np.maximum(1 - np.abs(lobes["middle"]) / width, 0) * (x > 0)
+        air += np.maximum(line, right) * thin * share * (np.float32(-300) - air)
+        canvas.paint(box, share, air)
     # What is far thinner than a voxel is in the parenchyma's own density already.
     least = 0.16 * canvas.width
     vessels = [fill(tree, canvas.step, least) for pair in trees.values() for tree in pair]
     points, weights = (np.concatenate([part[k] for part in vessels]) for k in (0, 1))
     box, share = canvas.splat(points, weights)
     canvas.paint(box, share * alpha[box], a.blood)
-    canvas.label(box, (share > np.float32(0.6)) & solid[box], ORGAN["pulmonary vessels"], PART["lung vessels"])
+    canvas.label(box, share * alpha[box] > np.float32(0.6), ORGAN["pulmonary vessels"], PART["lung vessels"])
     tubes = [bronchi(arteries, canvas.step).tubes(canvas.step) for arteries, _ in trees.values()]
     paint_pipes(canvas, tubes, "segmental bronchi", alpha)
     return alpha

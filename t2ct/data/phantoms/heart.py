@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from t2ct.data.phantoms.anatomy import Anatomy
-from t2ct.data.phantoms.canvas import Array, Canvas, f32, path, tube
+from t2ct.data.phantoms.canvas import Array, Box, Canvas, f32, path, tube
 from t2ct.data.phantoms.organs import ORGAN, PART
 
 # Centre and half axes of the chambers, as shares of the heart's half axes along `Anatomy.heart_axes`.
@@ -40,6 +40,15 @@ def paint_heart(canvas: Canvas, a: Anatomy, wall: float) -> None:
     reach = float(a.heart_radii.max()) + 3 + 1.8 * a.pericardial_fluid + 4
     c = a.heart_centre
     box = canvas.box(tuple(v - reach for v in c), tuple(v + reach for v in c))  # type: ignore[arg-type]
+    for part in canvas.slabs(box):
+        _paint_chambers(canvas, a, wall, part)
+    lines = [coronary(a, name, canvas.step) for name in CORONARIES]
+    box, alpha = canvas.splat(*tube(lines, canvas.step))
+    # With fluid around them these arteries still lie in their fat, on the muscle.
+    canvas.paint(box, alpha, a.aorta_blood * 0.95, ORGAN["coronary arteries"])
+
+
+def _paint_chambers(canvas: Canvas, a: Anatomy, wall: float, box: Box) -> None:
     x, y, z = canvas.at(box)
     u, v, w = a.heart_local(x, y, z)
     r = a.heart_radii
@@ -64,7 +73,3 @@ def paint_heart(canvas: Canvas, a: Anatomy, wall: float) -> None:
         value = a.aorta_blood if name.startswith("left") else a.blood
         chamber = np.sqrt(((u - cu) / ru) ** 2 + ((v - cv) / rv) ** 2 + ((w - cw) / rw) ** 2) - 1
         canvas.paint(box, canvas.inside(chamber * mean) * inside, value, ORGAN["heart"], part=PART[name])
-    lines = [coronary(a, name, canvas.step) for name in CORONARIES]
-    box, alpha = canvas.splat(*tube(lines, canvas.step))
-    # With fluid around them these arteries still lie in their fat, on the muscle.
-    canvas.paint(box, alpha, a.aorta_blood * 0.95, ORGAN["coronary arteries"])

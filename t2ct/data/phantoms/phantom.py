@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from t2ct.data.phantoms.abdomen import paint_abdomen
 from t2ct.data.phantoms.anatomy import draw_anatomy
-from t2ct.data.phantoms.body import paint_abdomen, paint_bones, paint_table, paint_wall
+from t2ct.data.phantoms.body import paint_table, paint_wall
+from t2ct.data.phantoms.bones import paint_bones
 from t2ct.data.phantoms.canvas import Canvas
 from t2ct.data.phantoms.chest import grow_trees, paint_lungs, paint_mediastinum
 from t2ct.data.phantoms.findings import FINDINGS, LABELS, Finding, Scene, complete, draw_findings
@@ -172,15 +174,15 @@ def phantom(
     text = describe(seed, findings)
     seed, present = int(seed), text.present
     anatomy = draw_anatomy(_stream(seed, "anatomy"))
+    trees = grow_trees(anatomy, _stream(seed, "trees"))  # before anything is wrong: the same in sickness and in health
     for f in present:
         FINDINGS[f.name].prepare(anatomy, f, _stream(seed, "prepare " + f.name))
     canvas = Canvas(size, spacing, anatomy.frame)
     x, y, z = canvas.x, canvas.y, canvas.z
     cage = anatomy.cage(x, y, z)
     lungs = anatomy.lungs(x, y, z)
-    body = paint_wall(canvas, anatomy, cage)
+    body = paint_wall(canvas, anatomy, cage, _stream(seed, "wall"))
     paint_abdomen(canvas, anatomy, cage, _stream(seed, "abdomen"))
-    trees = grow_trees(anatomy, _stream(seed, "trees"))
     alpha = paint_lungs(canvas, anatomy, lungs, trees, _stream(seed, "lungs"))
     scene = Scene(canvas, anatomy, lungs, alpha, present, _stream(seed, "points"), trees)
     paint_mediastinum(canvas, anatomy)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from t2ct.data.phantoms.body import ellipsoid_points
+from t2ct.data.phantoms.bones import ellipsoid_points
 from t2ct.data.phantoms.canvas import Array
 from t2ct.data.phantoms.chest import AIR, BRONCHUS, paint_airways, paint_pipes
 from t2ct.data.phantoms.findings.base import SIDES, Disease, Finding, Scene, dry_side

@@ -9,8 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from t2ct.data.phantoms.anatomy import Anatomy
-from t2ct.data.phantoms.body import ALL
-from t2ct.data.phantoms.canvas import Array, Box, Canvas
+from t2ct.data.phantoms.canvas import ALL, Array, Box, Canvas
 from t2ct.data.phantoms.trees import Tree
 
 POINTS = 8000  # drawn per side for `Scene.points`

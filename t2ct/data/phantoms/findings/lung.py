@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 
 from t2ct.data.phantoms.anatomy import Anatomy
-from t2ct.data.phantoms.body import ALL, ellipsoid_points
-from t2ct.data.phantoms.canvas import f32, path, tube
+from t2ct.data.phantoms.bones import ellipsoid_points
+from t2ct.data.phantoms.canvas import ALL, f32, path, tube
 from t2ct.data.phantoms.chest import HILUM
 from t2ct.data.phantoms.findings.base import SIDES, Disease, Finding, Scene, dry_side
 from t2ct.data.phantoms.organs import ORGAN

@@ -7,8 +7,7 @@ from functools import partial
 import numpy as np
 
 from t2ct.data.phantoms.anatomy import Anatomy
-from t2ct.data.phantoms.body import ALL
-from t2ct.data.phantoms.canvas import Array
+from t2ct.data.phantoms.canvas import ALL, Array
 from t2ct.data.phantoms.findings.base import POINTS, SIDES, Disease, Finding, Scene
 from t2ct.data.phantoms.organs import ORGAN
 
