@@ -7,11 +7,11 @@ from t2ct.eval.metrics import alignment, factual, memorisation, utility
 from t2ct.eval.metrics.estimate import Estimate, bootstrap, half_samples, mean
 from t2ct.eval.metrics.fidelity import (
     distance,
+    distance_by_plane,
     frechet,
     frechet_infinity,
     fvd_in_strata,
     kid,
-    over_planes,
 )
 
 
@@ -92,10 +92,10 @@ def test_kid_against_its_definition_and_its_expectation():
 
 def test_slices_are_rows_and_volumes_are_what_is_drawn():
     a, b = rng(0).normal(size=(2, 30, 3, 2, 5))  # 30 volumes, 3 planes, 2 slices, 5 features
-    wanted = np.mean([frechet(a[:, p].reshape(60, 5), b[:, p].reshape(60, 5)) for p in range(3)])
-    assert over_planes(frechet, a, b) == pytest.approx(wanted)
-    found = distance(lambda x, y: over_planes(frechet, x, y), a, b)
-    assert found.n == 30 and found.low < found.value < found.high and found.value == pytest.approx(wanted)
+    wanted = [frechet(a[:, p].reshape(60, 5), b[:, p].reshape(60, 5)) for p in range(3)]
+    found = distance_by_plane(frechet, a, b)
+    assert [f.value for f in found] == pytest.approx([np.mean(wanted), *wanted])
+    assert all(f.n == 30 and f.low < f.value < f.high for f in found)
 
 
 def test_interval_of_a_distance_holds_the_truth():
@@ -126,7 +126,8 @@ def test_strata_and_what_is_refused():
 
 def test_auc_of_shuffled_labels_is_chance():
     scores, labels = rng(0).normal(size=(400, 18)), rng(1).random((400, 18)) < 0.3
-    found = factual.averaged(factual.aucs, factual.macro, scores, labels)
+    found, by_cases, each = factual.averaged(factual.aucs, scores, labels)
+    assert len(each) == 18 and abs(by_cases.value - 0.5) < 0.03
     assert found.low < 0.5 < found.high and found.value == pytest.approx(0.5, abs=0.02) and found.n == 400
     assert factual.macro(factual.aucs(scores + 3 * labels, labels), labels) > 0.95
 

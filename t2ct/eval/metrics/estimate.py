@@ -9,7 +9,7 @@ import numpy as np
 
 Statistic = Callable[[np.ndarray], float]  # of the volumes with these indices
 
-REPEATS, HALVES, LEVEL = 1000, 100, 0.95
+REPEATS, HALVES, LEVEL = 1000, 50, 0.95
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,21 @@ def bootstrap(statistic: Statistic, n: int, repeats: int = REPEATS, seed: int = 
     A resample in which the statistic is NaN (it happened to hold no positive case) is left out. Fewer than two
     volumes: no interval.
     """
-    value = statistic(np.arange(n))
+    return bootstrap_of(lambda i: np.array([statistic(i)]), n, repeats, seed)[0]
+
+
+def bootstrap_of(
+    statistics: Callable[[np.ndarray], np.ndarray], n: int, repeats: int = REPEATS, seed: int = 0
+) -> list[Estimate]:
+    """`bootstrap` of several statistics (S,) that are computed together, of the same resamples."""
+    values = np.asarray(statistics(np.arange(n)), float)
     rng = np.random.default_rng([seed, n])
-    drawn = [statistic(rng.integers(n, size=n)) for _ in range(repeats)] if n > 1 and np.isfinite(value) else []
-    return Estimate(value, *_percentiles(np.array(drawn, float)), n)
+    some = n > 1 and np.isfinite(values).any()
+    drawn = np.array([statistics(rng.integers(n, size=n)) for _ in range(repeats if some else 0)], float)
+    return [
+        Estimate(float(v), *_percentiles(drawn[:, k] if some and np.isfinite(v) else drawn[:0]), n)
+        for k, v in enumerate(values)
+    ]
 
 
 def mean(values: np.ndarray, repeats: int = REPEATS, seed: int = 0) -> Estimate:
@@ -63,15 +74,23 @@ def half_samples(statistic: Statistic, n: int, halves: int = HALVES, seed: int =
 
     For distances between distributions: a resample with replacement holds copies, and a set with copies is further
     from any other set than the set itself, so the bootstrap's interval may not even contain the value. The variance
-    over halves estimates that of the whole (the delete-d jackknife at d = n/2, Shao and Wu 1989).
+    over halves estimates that of the whole (the delete-d jackknife at d = n/2, Shao and Wu 1989). Fewer than eight
+    volumes: no interval.
     """
-    value = statistic(np.arange(n))
-    if n < 8 or not np.isfinite(value):
-        return Estimate(value, float("nan"), float("nan"), n)
-    rng = np.random.default_rng([seed, n])
-    drawn = np.array([statistic(rng.permutation(n)[: n // 2]) for _ in range(halves)])
-    reach = 1.96 * float(np.nanstd(drawn, ddof=1))
-    return Estimate(value, value - reach, value + reach, n)
+    return half_samples_of(lambda i: np.array([statistic(i)]), n, halves, seed)[0]
+
+
+def half_samples_of(
+    statistics: Callable[[np.ndarray], np.ndarray], n: int, halves: int = HALVES, seed: int = 0
+) -> list[Estimate]:
+    """`half_samples` of several statistics (S,) that are computed together."""
+    values = np.asarray(statistics(np.arange(n)), float)
+    reach = np.full(len(values), np.nan)
+    if n >= 8 and np.isfinite(values).all():
+        rng = np.random.default_rng([seed, n])
+        drawn = np.array([statistics(rng.permutation(n)[: n // 2]) for _ in range(halves)])
+        reach = 1.96 * drawn.std(0, ddof=1)
+    return [Estimate(float(v), float(v - r), float(v + r), n) for v, r in zip(values, reach, strict=True)]
 
 
 def _percentiles(drawn: np.ndarray) -> tuple[float, float]:

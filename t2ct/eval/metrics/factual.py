@@ -5,12 +5,13 @@ scores, labels: (N, L), a row a volume, a column a finding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from t2ct.eval.metrics.estimate import Estimate, bootstrap
+from t2ct.eval.metrics.estimate import Estimate, bootstrap_of
 
+Figures = Callable[[np.ndarray, np.ndarray], np.ndarray]  # scores, labels -> (L,)
 THRESHOLD = 0.5  # of a probability, above which a finding counts as predicted
 BINS = 15  # of the calibration error
 
@@ -24,17 +25,26 @@ def auc(scores: Sequence[float] | np.ndarray, present: Sequence[bool] | np.ndarr
     s, y = np.asarray(scores, float), np.asarray(present, bool)
     if s.ndim != 1 or s.shape != y.shape or not np.isfinite(s).all():
         raise ValueError(f"scores: wanted as many finite numbers as present, got {s.shape} and {y.shape}")
-    positive = int(y.sum())
-    if positive in (0, len(y)):
-        return float("nan")
-    _, place, count = np.unique(s, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(count) - (count - 1) / 2)[place]
-    return float((ranks[y].sum() - positive * (positive + 1) / 2) / (positive * (len(y) - positive)))
+    return float(aucs(s[:, None], y[:, None])[0])
 
 
 def aucs(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """`auc` of every finding, (L,); NaN where a finding is never, or always, present."""
-    return np.array([auc(scores[:, k], labels[:, k]) for k in range(labels.shape[1])])
+    s, y = np.asarray(scores, float).T, np.asarray(labels, bool).T
+    order = np.argsort(s, axis=1)
+    s, y = (np.take_along_axis(v, order, 1) for v in (s, y))
+    n = s.shape[1]
+    step = s[:, 1:] != s[:, :-1]  # where a group of equal scores ends and the next begins
+    edge = np.ones((len(s), 1), bool)
+    place = np.arange(n)
+    first = np.maximum.accumulate(np.where(np.concatenate([edge, step], 1), place, 0), 1)
+    ends = np.where(np.concatenate([step, edge], 1), place, n)
+    last = np.minimum.accumulate(ends[:, ::-1], 1)[:, ::-1]
+    ranks = (first + last) / 2 + 1
+    cases = y.sum(1)
+    area = (ranks * y).sum(1) - cases * (cases + 1) / 2
+    pairs = cases * (n - cases)
+    return np.where(pairs > 0, area / np.maximum(pairs, 1), np.nan)
 
 
 def precisions(probabilities: np.ndarray, labels: np.ndarray, threshold: float = THRESHOLD) -> np.ndarray:
@@ -59,9 +69,15 @@ def weighted(values: np.ndarray, labels: np.ndarray) -> float:
     return float(np.average(values[known], weights=weight[known])) if known.any() else float("nan")
 
 
-def averaged(figures, average, scores: np.ndarray, labels: np.ndarray) -> Estimate:
-    """`average(figures(scores, labels), labels)`, such as the macro AUC, with its bootstrap interval over volumes."""
-    return bootstrap(lambda i: average(figures(scores[i], labels[i]), labels[i]), len(labels))
+def averaged(figures: Figures, scores: np.ndarray, labels: np.ndarray) -> tuple[Estimate, Estimate, list[Estimate]]:
+    """Macro mean, weighted mean and each finding's `figures(scores, labels)`, with bootstrap intervals."""
+
+    def all_of_them(i: np.ndarray) -> np.ndarray:
+        values = figures(scores[i], labels[i])
+        return np.array([macro(values, labels[i]), weighted(values, labels[i]), *values])
+
+    over, by_cases, *each = bootstrap_of(all_of_them, len(labels))
+    return over, by_cases, each
 
 
 def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = BINS) -> float:

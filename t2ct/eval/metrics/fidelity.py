@@ -6,12 +6,14 @@ with all its slices.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
-from t2ct.eval.metrics.estimate import Estimate, half_samples, mean
+from t2ct.eval.metrics.estimate import Estimate, half_samples_of, mean
 
 STRATUM = 4  # pairs whose FVD the VLM3D challenge computes at a time
-INNER = 4  # pairs of halves that the extrapolation averages over
+INNER = 2  # pairs of halves that the extrapolation averages over
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
@@ -78,27 +80,41 @@ def fvd_in_strata(real: np.ndarray, generated: np.ndarray, size: int = STRATUM) 
     return Estimate(found.value, found.low, found.high, size * len(values))
 
 
-def over_planes(statistic, a: np.ndarray, b: np.ndarray) -> float:
-    """Mean of `statistic(a, b)` over the planes of (N, P, K, F) features: axial, coronal, sagittal slices."""
-    return float(np.mean([statistic(a[:, p], b[:, p]) for p in range(a.shape[1])]))
+Between = Callable[[np.ndarray, np.ndarray], float]
 
 
-def distance(statistic, a: np.ndarray, b: np.ndarray, seed: int = 0) -> Estimate:
+def distance(statistic: Between, a: np.ndarray, b: np.ndarray, seed: int = 0) -> Estimate:
     """`statistic(a, b)` with an interval from halves of the volumes; n is the smaller number of volumes.
 
     Sets of equal size are halved alike, since their volumes come in pairs of one report.
     """
+    return _halved(lambda x, y: np.array([statistic(x, y)]), a, b, seed)[0]
+
+
+def distance_by_plane(statistic: Between, a: np.ndarray, b: np.ndarray, seed: int = 0) -> list[Estimate]:
+    """`distance` for (N, P, K, F), K slices in each of P planes: the mean over the planes, then every plane."""
+
+    def planes(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        values = [statistic(x[:, p], y[:, p]) for p in range(x.shape[1])]
+        return np.array([np.mean(values), *values])
+
+    return _halved(planes, a, b, seed)
+
+
+def _halved(
+    statistics: Callable[[np.ndarray, np.ndarray], np.ndarray], a: np.ndarray, b: np.ndarray, seed: int
+) -> list[Estimate]:
     n, m = len(a), len(b)
     if n == m:
-        return half_samples(lambda i: statistic(a[i], b[i]), n, seed=seed)
-    rng = np.random.default_rng([seed, m])
+        return half_samples_of(lambda i: statistics(a[i], b[i]), n, seed=seed)
+    few, many = sorted((n, m))
+    rng = np.random.default_rng([seed, many])
 
-    def of(i: np.ndarray) -> float:
-        whole = len(i) == min(n, m)
-        other = np.arange(max(n, m)) if whole else rng.permutation(max(n, m))[: max(n, m) // 2]
-        return statistic(a[i], b[other]) if n < m else statistic(a[other], b[i])
+    def of(i: np.ndarray) -> np.ndarray:
+        other = np.arange(many) if len(i) == few else rng.permutation(many)[: many // 2]
+        return statistics(a[i], b[other]) if n < m else statistics(a[other], b[i])
 
-    return half_samples(of, min(n, m), seed=seed)
+    return half_samples_of(of, few, seed=seed)
 
 
 def _rows(name: str, x: np.ndarray) -> np.ndarray:

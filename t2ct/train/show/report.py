@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from t2ct.files import write_files
@@ -19,17 +20,22 @@ STYLE = (
 PICTURES = 8  # newest shown
 
 
-def curve(name: str, points: list[tuple[float, float]]) -> str:
-    """One figure as SVG, or nothing where there are no two points."""
+def curve(name: str, points: list[tuple[float, float]], bars: Sequence[tuple[float, float]] = ()) -> str:
+    """One figure as SVG, or nothing where there are no two points. bars: (low, high) of every point, all finite."""
     points = [(x, y) for x, y in points if math.isfinite(y)]
     if len(points) < 2:
         return ""
     xs, ys = [x for x, _ in points], [y for _, y in points]
-    low, high = min(ys), max(ys)
+    low, high = min([*ys, *(bar[0] for bar in bars)]), max([*ys, *(bar[1] for bar in bars)])
     span_x, span_y = max(xs[-1] - xs[0], 1e-12), max(high - low, 1e-12)
-    path = " ".join(
-        f"{PAD + (x - xs[0]) / span_x * (WIDTH - PAD - 8):.1f},{HEIGHT - 20 - (y - low) / span_y * (HEIGHT - 32):.1f}"
-        for x, y in points
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return PAD + (x - xs[0]) / span_x * (WIDTH - PAD - 8), HEIGHT - 20 - (y - low) / span_y * (HEIGHT - 32)
+
+    path = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in points)
+    marks = "".join(
+        '<polyline stroke="#9ab" points="{:.1f},{:.1f} {:.1f},{:.1f}"/>'.format(*place(x, a), *place(x, b))
+        for x, (a, b) in zip(xs, bars, strict=False)
     )
     ticks = "".join(
         f'<text x="2" y="{y}" font-size="11">{value:.3g}</text>' for y, value in ((16, high), (HEIGHT - 20, low))
@@ -38,7 +44,7 @@ def curve(name: str, points: list[tuple[float, float]]) -> str:
         for x, anchor, value in ((PAD, "start", xs[0]), (WIDTH - 8, "end", xs[-1]))
     )
     return (
-        f'<figure><svg width="{WIDTH}" height="{HEIGHT}" role="img" aria-label="{html.escape(name)}">{ticks}'
+        f'<figure><svg width="{WIDTH}" height="{HEIGHT}" role="img" aria-label="{html.escape(name)}">{ticks}{marks}'
         f'<polyline fill="none" stroke="#1f5fa8" stroke-width="1.5" points="{path}"/></svg>'
         f"<figcaption>{html.escape(name)}</figcaption></figure>"
     )

@@ -1,0 +1,230 @@
+"""What is done in an evaluation, and in which order: volumes seen once, tables computed from what was seen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from t2ct import __version__
+from t2ct.eval import tables as tb
+from t2ct.eval.look import Look
+from t2ct.eval.make import Maker, kept, see
+from t2ct.eval.sets import Sets, labels_of
+from t2ct.eval.store import Seen, Store
+from t2ct.train.data.source import Source, fingerprint
+
+PAIRS = 6  # nearest pairs that are shown
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is done. count: reports; swept: reports of every point of a sweep; known: training volumes."""
+
+    count: int | None = None
+    steps: int = 30
+    guidance: float = 5.0
+    swept: int = 100
+    guidances: tuple[float, ...] = (0.0, 1.0, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0)
+    step_counts: tuple[int, ...] = (2, 5, 10, 20, 30, 50)
+    known: int = 2000
+
+
+FULL = Settings()
+QUICK = Settings(
+    count=64, steps=10, swept=16, guidances=(0.0, 1.0, 5.0, 15.0), step_counts=(2, 5, 10, 30), known=64
+)  # fmt: skip
+
+
+@dataclass
+class System:
+    """What is evaluated: a model that generates (maker), or volumes that some system made (volumes)."""
+
+    name: str
+    told: str
+    maker: Maker | None = None
+    volumes: Source | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def set_name(self, steps: int, guidance: float) -> str:
+        return f"{self.name}-s{steps}-g{guidance:g}" if self.maker else self.name
+
+
+class Bench:
+    """Unseen and training volumes, systems, eyes, and the folder where all that is seen is kept."""
+
+    def __init__(
+        self, out: str | Path, sets: Sets, systems: Sequence[System], look: Look, settings: Settings,
+        tables: Sequence[str], facts: dict[str, Any], reasons: dict[str, str], resume: bool, quiet: bool,
+    ):  # fmt: skip
+        self.sets, self.systems, self.look, self.quiet = sets, list(systems), look, quiet
+        self.out, self.tables = Path(out), list(tables)
+        self.count = len(sets.test)
+        self.settings = replace(settings, count=self.count, swept=min(settings.swept, self.count))
+        self.notes = list(sets.notices)
+        self.labels = labels_of(sets.test)
+        self.texts = [sets.test.entries[i].texts[0] if sets.test.entries[i].texts else "" for i in range(self.count)]
+        self._leave_out(dict(reasons))
+        self.facts = facts | {
+            "test": fingerprint(sets.test), "count": self.count, "size": list(sets.test.size),
+            "known": fingerprint(sets.train) if sets.train is not None else None,
+            "systems": {s.name: s.facts for s in systems}, "version": __version__,
+        }  # fmt: skip
+        self.store = Store(out, self.facts | {"settings": asdict(self.settings)}, resume)
+
+    def _leave_out(self, reasons: dict[str, str]) -> None:
+        """Tables that cannot be computed here, with the reason; ValueError where a table's volumes are too few."""
+        for name in self.tables:
+            least = tb.NEEDS[name]
+            have = min(self.count, self.settings.swept) if name == "ablation" else self.count
+            if have < least:
+                raise ValueError(f"data: wanted at least {least} volumes with reports for {name}, got {have}")
+        if self.labels is None or not tb.measurable(self.labels):
+            told = "no volume has labels" if self.labels is None else "no finding is present in some volumes only"
+            reasons |= {"factual": told, "utility": told}
+        elif (told_of := tb.left_out(self.labels)) is not None:
+            self.notes.append(told_of)
+        if self.sets.train is None or not len(self.sets.train):
+            reasons["memorisation"] = "no training volumes are known"
+        if all(s.maker is None for s in self.systems):
+            reasons["ablation"] = "volumes of another system cannot be made again with other settings"
+        for name in [n for n in self.tables if n in reasons]:
+            self.tables.remove(name)
+            self.notes.append(f"{name} is left out: {reasons[name]}")
+
+    def runs(self, system: System) -> list[tuple[int, float, int]]:
+        """(steps, guidance, count) of every set that a system generates, the main one first."""
+        c = self.settings
+        main = (c.steps, c.guidance, self.count)
+        if system.maker is None:
+            return [main]
+        swept: list[tuple[int, float]] = []
+        if "ablation" in self.tables and system is self.systems[0]:
+            swept = [(c.steps, g) for g in c.guidances] + [(s, c.guidance) for s in c.step_counts]
+        others = dict.fromkeys(point for point in swept if point != main[:2])
+        return [main, *((s, g, c.swept) for s, g in others)]
+
+    def cost(self) -> list[tuple[str, int, float]]:
+        """(what, how many volumes, seconds each), measured here on a few."""
+        test, shape = self.sets.test, self.sets.test.size
+        empty = np.full(shape, -1000, np.int16)
+        self.look(empty)
+        start = time.perf_counter()
+        self.look(empty)
+        looking = time.perf_counter() - start
+        start = time.perf_counter()
+        test.read(0)
+        reading = time.perf_counter() - start
+        rows = [("unseen volumes: read, look", self.count, reading + looking)]
+        if self._wants_known():
+            assert self.sets.train is not None
+            rows.append(("training volumes: read, look", len(self.sets.train), reading + looking / 2))
+        for system in self.systems:
+            if system.maker is None:
+                rows.append((f"volumes of {system.told}: read, look", self.count, reading + looking))
+                continue
+            pipe, each = system.maker.pipe, dict[int, float]()
+            for steps, guidance, count in self.runs(system):
+                if steps not in each:
+                    each[steps] = pipe.estimate_seconds(shape, steps)
+                told = f"{system.told}: {steps} steps, guidance {guidance:g}"
+                rows.append((told, count, each[steps] + looking))
+        return rows
+
+    def print_cost(self) -> None:
+        """What it will cost, before it starts."""
+        rows = self.cost()
+        width = max(len(what) for what, _, _ in rows)
+        for what, count, seconds in rows:
+            print(f"{what:{width}}  {count:5} volumes of {seconds:.2f} s")
+        total = sum(count * seconds for _, count, seconds in rows)
+        print(f"{'and the tables':{width}}; about {1 + total / 60:.0f} min in all", flush=True)
+
+    def see(self) -> None:
+        """Look at every volume: real ones first, so that what cannot be read shows before anything is generated."""
+        stages: list[tuple[str, int, Any]] = [
+            ("unseen volumes", self.count, lambda step: see(self.store, "real", self.sets.test, self.look, True, step))
+        ]
+        if self._wants_known():
+            known = self.sets.train
+            assert known is not None
+            stages.append(
+                ("training volumes", len(known), lambda step: see(self.store, "known", known, self.look, False, step))
+            )
+        for system in self.systems:
+            for k, (steps, guidance, count) in enumerate(self.runs(system)):
+                name = system.set_name(steps, guidance)
+                if system.maker is None:
+                    assert system.volumes is not None
+                    stages.append((system.told, count, lambda step, s=system, n=name: see(
+                        self.store, n, s.volumes, self.look, True, step)))  # fmt: skip
+                else:
+                    keep = None if k else self.kept(system)
+                    stages.append((f"{system.told}, {steps} steps, w {guidance:g}", count,
+                                   lambda step, s=system.maker, a=(name, count, steps, guidance), keep=keep: s.see(
+                                       self.store, *a, self.look, keep, step)))  # fmt: skip
+        for what, count, go in stages:
+            with tqdm(total=count, desc=what, unit="volume", disable=self.quiet) as bar:
+                go(bar.update)
+
+    def kept(self, system: System) -> Path:
+        """Where a system's generated volumes lie."""
+        return self.out / "volumes" / system.name
+
+    def main(self, system: System) -> Seen:
+        """What was seen of a system's volumes."""
+        return self.store.all(system.set_name(self.settings.steps, self.settings.guidance), self.count)
+
+    def compute(self, system: System) -> dict[str, Any]:
+        """The tables of a system."""
+        real, made = self.store.all("real", self.count), self.main(system)
+        known = self.store.all("known", len(self.sets.train)) if self._wants_known() and self.sets.train else None
+        found: dict[str, Any] = {}
+        for name in tqdm(self.tables, desc="tables", disable=self.quiet):
+            if name == "fidelity":
+                found[name] = tb.fidelity(real, made, known)
+            elif name == "factual":
+                assert self.labels is not None
+                found[name] = tb.factual(real, made, self.labels)
+            elif name == "alignment":
+                assert self.look.clip is not None
+                found[name] = tb.alignment(self.look.clip, real, made, self.texts, self.labels)
+            elif name == "utility":
+                assert self.labels is not None
+                found[name] = tb.utility(real, made, self.labels)
+            elif name == "memorisation":
+                assert known is not None
+                found[name], pairs = tb.memorisation(real, made, known)
+                found[name]["pairs"] = pairs[:PAIRS]
+            elif system is self.systems[0]:
+                found[name] = self._sweeps(system, real)
+        return found
+
+    def _sweeps(self, system: System, real: Seen) -> dict[str, Any]:
+        c, n = self.settings, self.settings.swept
+        part = {key: value[:n] for key, value in real.items()}
+        labels = None if self.labels is None else self.labels[:n]
+
+        def point(steps: int, guidance: float) -> tb.Table:
+            seen = self.store.all(system.set_name(steps, guidance), n)
+            return tb.setting(part, seen, labels)
+
+        return {
+            "guidance": {f"{g:g}": point(c.steps, g) for g in c.guidances},
+            "steps": {str(s): point(s, c.guidance) for s in c.step_counts},
+        }
+
+    def _wants_known(self) -> bool:
+        return self.sets.train is not None and bool({"memorisation", "fidelity"} & set(self.tables))
+
+    def volume(self, system: System, index: int) -> np.ndarray:
+        """A volume of a system, HU."""
+        if system.maker is not None:
+            return kept(self.kept(system), index).hu
+        assert system.volumes is not None
+        return system.volumes.read(index).hu
