@@ -19,7 +19,7 @@ from t2ct.data.phantoms.canvas import Canvas
 from t2ct.data.phantoms.chest import grow_trees, paint_lungs, paint_mediastinum
 from t2ct.data.phantoms.findings import FINDINGS, LABELS, Finding, Scene, complete, draw_findings
 from t2ct.data.phantoms.organs import FINDING_BITS, ORGAN, ORGANS, PART, PARTS
-from t2ct.data.phantoms.report import write_report
+from t2ct.data.phantoms.reports import write_report
 from t2ct.data.phantoms.scanner import scan
 
 if TYPE_CHECKING:

@@ -154,8 +154,8 @@ PHRASES: dict[str, dict[str, tuple[str, ...]]] = {
             "there is {size} consolidation in {place}",
             "{size} airspace consolidation is seen in {place}",
             "{size} consolidation with air bronchograms in {place}",
-            "{size} consolidative opacity is present in {place}",
-            "a {size} area of consolidation with surrounding ground-glass is observed in {place}",
+            "{size} consolidated lung is present in {place}",
+            "a {size} area of consolidation with blurred margins is observed in {place}",
         ),
         "noun": (
             "{size} consolidation in {place}",
@@ -247,7 +247,7 @@ PHRASES: dict[str, dict[str, tuple[str, ...]]] = {
         "noun": (
             "lobar atelectasis of {place}",
             "atelectasis of {place}",
-            "collapse of {place}, atelectasis",
+            "atelectatic collapse of {place}",
         ),
     },
     "atelectasis/compressive": {

@@ -168,7 +168,7 @@ PHRASES: dict[str, dict[str, tuple[str, ...]]] = {
         "noun": (
             "{size} pericardial effusion",
             "{size} pericardial effusion",
-            "{size} fluid around the heart, pericardial effusion",
+            "{size} pericardial effusion around the heart",
         ),
     },
     "cardiomegaly": {
