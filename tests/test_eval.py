@@ -202,6 +202,24 @@ def test_a_copying_system_is_caught(model, scans, tmp_path):
     assert "ablation is left out: volumes of another system" in told
 
 
+def test_classifiers_that_learn_from_nothing(model, scans, tmp_path):
+    """What the three learn from is what the table says: generated volumes that are the real ones teach the same."""
+    made = tmp_path / "made"
+    made.mkdir()
+    for i in range(24, 36):
+        shutil.copy(scans / f"{i}.nii.gz", made)
+    options = dict(data=scans, judge=model, tables=("utility",), relearn=3, quiet=True)
+    found = evaluate(tmp_path / "out", made, **options)["utility"]
+    assert found["auc_real"]["n"] == 6 and found["auc_real"] == found["auc_synthetic"]
+    runs = tmp_path / "out/utility/made"
+    assert all((runs / name / "final/judge.safetensors").is_file() for name in ("real", "synthetic", "both"))
+    before = (runs / "both/final/judge.safetensors").stat().st_mtime_ns
+    assert evaluate(tmp_path / "out", made, resume=True, **options)["utility"] == found
+    assert (runs / "both/final/judge.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="something else: settings"):
+        evaluate(tmp_path / "out", made, resume=True, **options | {"relearn": 2})
+
+
 def test_compare_a_model_with_itself(model, scans, tmp_path):
     results = compare(model, model, tmp_path / "out", data=scans, steps=2, quiet=True, tables=("fidelity", "factual"))
     assert results["a"] == results["b"]

@@ -35,6 +35,10 @@ def add_parser(commands: Any, **options: Any) -> None:
         "--without-contrastive", metavar="MODEL", type=arguments.model,
         help="a second model, whose text tower was not trained contrastively: the ablation",
     )  # fmt: skip
+    parser.add_argument(
+        "--relearn", type=int, metavar="STEPS", default=0,
+        help="for utility, train three classifiers from nothing, so many updates each (default: a linear probe)",
+    )  # fmt: skip
     parser.set_defaults(run=run)
     kinds = parser.add_subparsers(metavar="compare")
     both = kinds.add_parser(
@@ -80,7 +84,10 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--out: wanted a folder for the results, got nothing")
     from t2ct.eval import evaluate
 
-    evaluate(args.out, args.model, without_contrastive=args.without_contrastive, **_options(args))
+    if args.relearn < 0:
+        raise ValueError(f"--relearn: wanted 0 or more updates, got {args.relearn}")
+    more = {"without_contrastive": args.without_contrastive, "relearn": args.relearn}
+    evaluate(args.out, args.model, **more, **_options(args))
 
 
 def run_compare(args: argparse.Namespace) -> None:

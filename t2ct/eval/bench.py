@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from t2ct import __version__
 from t2ct.eval import tables as tb
 from t2ct.eval.look import Look
 from t2ct.eval.make import Maker, kept, see
+from t2ct.eval.metrics.utility import crossed_scores
 from t2ct.eval.sets import Sets, labels_of
 from t2ct.eval.store import Seen, Store
+from t2ct.models.judge import Judge
 from t2ct.train.data.source import Source, fingerprint
 
 PAIRS = 6  # nearest pairs that are shown
@@ -33,11 +36,12 @@ class Settings:
     guidances: tuple[float, ...] = (0.0, 1.0, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0)
     step_counts: tuple[int, ...] = (2, 5, 10, 20, 30, 50)
     known: int = 2000
+    relearnt: int = 0  # updates of each of three classifiers for the utility table; 0: a linear probe
 
 
 FULL = Settings()
 QUICK = Settings(
-    count=64, steps=10, swept=16, guidances=(0.0, 1.0, 5.0, 15.0), step_counts=(2, 5, 10, 30), known=64
+    count=64, steps=10, swept=12, guidances=(0.0, 1.0, 5.0, 15.0), step_counts=(2, 5, 10, 30), known=64
 )  # fmt: skip
 
 
@@ -70,6 +74,10 @@ class Bench:
         self.labels = labels_of(sets.test)
         self.texts = [sets.test.entries[i].texts[0] if sets.test.entries[i].texts else "" for i in range(self.count)]
         self._leave_out(dict(reasons))
+        for maker in (s.maker for s in systems if s.maker is not None):
+            if (cut := maker.cut()) > 0:
+                limit = maker.pipe.config.clip.text.max_length
+                self.notes.append(f"{cut} of {self.count} reports are longer than the text tower's {limit} tokens: cut")
         self.facts = facts | {
             "test": fingerprint(sets.test), "count": self.count, "size": list(sets.test.size),
             "known": fingerprint(sets.train) if sets.train is not None else None,
@@ -142,8 +150,20 @@ class Bench:
         width = max(len(what) for what, _, _ in rows)
         for what, count, seconds in rows:
             print(f"{what:{width}}  {count:5} volumes of {seconds:.2f} s")
+        if "utility" in self.tables and self.settings.relearnt:
+            rows.append(("three classifiers, updates", 3 * self.settings.relearnt, self._update_seconds()))
+            print(f"{rows[-1][0]:{width}}  {rows[-1][1]:5} of {rows[-1][2]:.2f} s")
         total = sum(count * seconds for _, count, seconds in rows)
         print(f"{'and the tables':{width}}; about {1 + total / 60:.0f} min in all", flush=True)
+
+    def _update_seconds(self) -> float:
+        """What an update of a classifier takes, from one sample's."""
+        from t2ct.eval.relearn import recipe
+
+        judge = Judge(self.look.judge.config).to(self.look.device)
+        start = time.perf_counter()
+        judge(torch.zeros(1, 1, *judge.config.size, device=self.look.device)).sum().backward()
+        return (time.perf_counter() - start) * recipe(judge.config, self.count // 2, 1).batch
 
     def see(self) -> None:
         """Look at every volume: real ones first, so that what cannot be read shows before anything is generated."""
@@ -196,7 +216,7 @@ class Bench:
                 found[name] = tb.alignment(self.look.clip, real, made, self.texts, self.labels)
             elif name == "utility":
                 assert self.labels is not None
-                found[name] = tb.utility(real, made, self.labels)
+                found[name] = self._utility(system, real, made, self.labels)
             elif name == "memorisation":
                 assert known is not None
                 found[name], pairs = tb.memorisation(real, made, known)
@@ -204,6 +224,18 @@ class Bench:
             elif system is self.systems[0]:
                 found[name] = self._sweeps(system, real)
         return found
+
+    def _utility(self, system: System, real: Seen, made: Seen, labels: np.ndarray) -> tb.Table:
+        steps = self.settings.relearnt
+        if not steps:
+            return tb.utility(crossed_scores(real["features"], made["features"], labels), labels)
+        from t2ct.eval.relearn import Made, learnt_scores
+
+        test = self.sets.test
+        volumes = Made(test.entries, lambda i: self.volume(system, i), test.size)
+        folder, device = self.out / "utility" / system.name, torch.device(self.look.device)
+        scores, tested = learnt_scores(folder, test, volumes, self.look.judge.config, steps, device, self.quiet)
+        return tb.utility(scores, labels[tested])
 
     def _sweeps(self, system: System, real: Seen) -> dict[str, Any]:
         c, n = self.settings, self.settings.swept

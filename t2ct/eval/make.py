@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,14 +32,23 @@ class Maker:
         config = pipe.config
         self.shape = (1, config.unet.in_channels, *(n // config.vae.factor for n in pipe.size))
 
+    def cut(self) -> int:
+        """How many of the reports are longer than the text tower reads."""
+        limit = self.pipe.config.clip.text.max_length
+        ids = self.pipe.tokenizer.encode(self.prompts, 1 << 20)
+        lengths = (ids == self.pipe.tokenizer.end_id).int().argmax(1) + 1  # the first end is the text's
+        return int((lengths > limit).sum())
+
     def make(self, start: int, stop: int, steps: int, guidance: float) -> list[Volume]:
         """The volumes of reports start to stop, at once."""
         seeds = range(start, stop)
         noise = [torch.randn(self.shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        made = self.pipe(
-            self.prompts[start:stop], num_inference_steps=steps, guidance_scale=guidance, latents=torch.cat(noise),
-            progress=False,
-        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "[0-9]+ of [0-9]+ texts longer", UserWarning)  # `cut` told
+            made = self.pipe(
+                self.prompts[start:stop], num_inference_steps=steps, guidance_scale=guidance, latents=torch.cat(noise),
+                progress=False,
+            )  # fmt: skip
         return [replace(volume, seed=seed) for volume, seed in zip(made, seeds, strict=True)]
 
     def see(

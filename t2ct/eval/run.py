@@ -36,6 +36,7 @@ def evaluate(
     backbones: Sequence[str] = (),
     tables: Sequence[str] = tb.TABLES,
     without_contrastive: Any = None,
+    relearn: int = 0,
     steps: int | None = None,
     guidance: float | None = None,
     count: int | None = None,
@@ -55,6 +56,8 @@ def evaluate(
     backbones "PATH:factory": networks whose features the distances use instead of the judge's (`Backbone`)
     tables    some of fidelity, factual, alignment, ablation, utility, memorisation
     without_contrastive  a second model, whose text tower was not trained contrastively, for the ablation
+    relearn   updates of each of three classifiers trained for the utility table from nothing; 0: a linear probe of the
+              judge's features, which is quick but looks through a network that real labels have trained
     steps, guidance, count, batch  sampling steps, guidance scale, reports at most, volumes generated at once
     resume    go on with the evaluation in `out`
     Returns the content of results.json. Everything is checked before long work starts: FileNotFoundError, ValueError,
@@ -63,7 +66,7 @@ def evaluate(
     bench = _bench(
         out, {"made": model, **({"without contrastive": without_contrastive} if without_contrastive else {})},
         data=data, quick=quick, judge=judge, backbones=backbones, tables=tables, steps=steps, guidance=guidance,
-        count=count, batch=batch, device=device, resume=resume, quiet=quiet,
+        count=count, relearn=relearn, batch=batch, device=device, resume=resume, quiet=quiet,
     )  # fmt: skip
     system = bench.systems[0]
     if not quiet:
@@ -107,7 +110,7 @@ def compare(
         return compare_folders(a, b, out, judge=judge, backbones=backbones, device=device, resume=resume, quiet=quiet)
     bench = _bench(
         out, {"a": a, "b": b}, data=data or DATA, quick=quick, judge=judge, backbones=backbones, tables=tables,
-        steps=steps, guidance=guidance, count=count, batch=batch, device=device, resume=resume, quiet=quiet,
+        steps=steps, guidance=guidance, count=count, relearn=0, batch=batch, device=device, resume=resume, quiet=quiet,
     )  # fmt: skip
     first, second = bench.systems
     if not quiet:
@@ -135,15 +138,15 @@ def differences(bench: Bench, real: Seen, first: System, second: System) -> dict
 
 def _bench(
     out: str | Path, models: dict[str, Any], *, data: str | Path, quick: bool, judge: Any, backbones: Sequence[str],
-    tables: Sequence[str], steps: int | None, guidance: float | None, count: int | None, batch: int | None,
-    device: str | None, resume: bool, quiet: bool,
+    tables: Sequence[str], steps: int | None, guidance: float | None, count: int | None, relearn: int,
+    batch: int | None, device: str | None, resume: bool, quiet: bool,
 ) -> Bench:  # fmt: skip
     """Open and check everything."""
     wrong = [name for name in tables if name not in tb.TABLES]
     if wrong or not tables:
         raise ValueError(f"tables: wanted some of {', '.join(tb.TABLES)}, got {', '.join(tables) or 'none'}")
     where = find_device(device)
-    settings = QUICK if quick else FULL
+    settings = replace(QUICK if quick else FULL, relearnt=relearn)
     given: dict[str, Any] = {"steps": steps, "guidance": guidance, "count": count}
     settings = replace(settings, **{k: v for k, v in given.items() if v is not None})
     opened = {name: _open_model(model, where) for name, model in models.items()}

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -110,12 +111,14 @@ def check_files(rows: Sequence[Row], size: Size | None, notices: list[str]) -> S
     bad: list[str] = []
     for row in rows:
         try:
-            header = nib.as_closest_canonical(nib.load(row.path)).header  # type: ignore[attr-defined]
-            shape = header.get_data_shape()
-            if len(shape) != 3:
-                raise ValueError(f"shape {shape}, wanted three axes")
-            shapes[shape] += 1
-            spacings[tuple(round(float(mm), 2) for mm in header.get_zooms())] += 1
+            image: Any = nib.load(row.path)  # type: ignore[attr-defined]
+            if len(image.shape) != 3:
+                raise ValueError(f"shape {image.shape}, wanted three axes")
+            order = np.argsort(nib.io_orientation(image.affine)[:, 0])  # axes as RAS will have them; no voxel is read
+            x, y, z = (int(image.shape[axis]) for axis in order)
+            shapes[x, y, z] += 1
+            zooms = image.header.get_zooms()
+            spacings[tuple(round(float(zooms[axis]), 2) for axis in order)] += 1
         except Exception as error:  # the reader raises what it likes
             bad.append(f"{row.entry.name}: {' '.join(str(error).split())[:120]}")
     if bad:

@@ -18,7 +18,6 @@ from t2ct.eval.metrics import factual as fa
 from t2ct.eval.metrics.estimate import Estimate, bootstrap, mean
 from t2ct.eval.metrics.fidelity import distance, distance_by_plane, frechet, frechet_infinity, fvd_in_strata, kid
 from t2ct.eval.metrics.memorisation import nearest, too_close
-from t2ct.eval.metrics.utility import crossed_scores
 from t2ct.eval.store import Seen
 
 Table = dict[str, Any]
@@ -100,9 +99,11 @@ def alignment(clip: Clip, real: Seen, made: Seen, texts: list[str], labels: np.n
     return table
 
 
-def utility(real: Seen, made: Seen, labels: np.ndarray) -> Table:
-    """A linear probe trained on real volumes, on generated ones, on both; tested on real ones it never saw."""
-    scores = crossed_scores(real["features"], made["features"], labels)
+def utility(scores: dict[str, np.ndarray], labels: np.ndarray) -> Table:
+    """A classifier trained on real volumes, on generated ones, on both; tested on real ones that it never saw.
+
+    scores: (M, 18) by each of the three (`crossed_scores`, `learnt_scores`); labels: (M, 18) of the same volumes.
+    """
     table: Table = {
         f"auc_{name}": fa.averaged(fa.aucs, scores[key], labels)[0]
         for name, key in (("real", "real"), ("synthetic", "synthetic"), ("real_and_synthetic", "both"))

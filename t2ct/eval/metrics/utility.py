@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-FOLDS = 2
 PENALTY = 1.0  # on half the squared weights, beside the summed log loss: scikit-learn's C = 1
 SETS = ("real", "synthetic", "both")
 
@@ -39,6 +38,12 @@ def probe(features: np.ndarray, labels: np.ndarray, others: np.ndarray, penalty:
         return (z @ weight + bias).numpy()
 
 
+def halves(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the reports that are learnt from, and of those that are tested."""
+    order = np.random.default_rng([seed, n]).permutation(n)
+    return np.sort(order[: n // 2]), np.sort(order[n // 2 :])
+
+
 def crossed_scores(real: np.ndarray, synthetic: np.ndarray, labels: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
     """Scores of the real volumes (N, L) by probes trained on real, synthetic and both, never on the volume itself.
 
@@ -46,11 +51,9 @@ def crossed_scores(real: np.ndarray, synthetic: np.ndarray, labels: np.ndarray, 
     into two halves; probes learn from one and are tested on the real volumes of the other, and the reverse. No
     synthetic volume whose report's patient is tested takes part, and all three learn from the same patients.
     """
-    n = len(labels)
-    fold = np.random.default_rng([seed, n]).permutation(n) % FOLDS
     scores = {name: np.zeros(labels.shape) for name in SETS}
-    for f in range(FOLDS):
-        learn, test = fold != f, fold == f
+    a, b = halves(len(labels), seed)
+    for learn, test in ((a, b), (b, a)):
         sets = {
             "real": (real[learn], labels[learn]),
             "synthetic": (synthetic[learn], labels[learn]),
