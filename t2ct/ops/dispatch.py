@@ -46,7 +46,30 @@ def kernel(family: str, name: str) -> Callable[..., Any]:
 
 def native() -> Any:
     """The compiled module t2ct._C, or None where it is missing; `why_not` says why."""
-    return _C
+    return _SILENT if _shapes and _C is not None else _C
+
+
+class _Silent:
+    """t2ct._C whose kernels write nothing. What takes no argument is a question, and answered."""
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(_C, name)
+        return (lambda *given: None if given else found()) if callable(found) else found
+
+
+_SILENT, _shapes = _Silent(), False
+
+
+@contextmanager
+def shapes_alone() -> Iterator[None]:
+    """Inside, torch's fake tensors go the way that real ones go (see `watched`), and the compiled kernels write
+    nothing: for counting what a step takes without its arithmetic. Real tensors would be left without numbers."""
+    global _shapes
+    before, _shapes = _shapes, True
+    try:
+        yield
+    finally:
+        _shapes = before
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -67,6 +90,8 @@ def watched(x: Tensor) -> bool:
     """True where something must see an operator (compilation, tracing, meta tensors, dispatch modes, torch.func).
     Elsewhere the kernel is called directly: a network makes a hundred calls a pass, and the custom op's machinery
     costs ~40 us each, ~200 us with its gradient."""
+    if _shapes:
+        return False
     return (torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) not in (Tensor, torch.nn.Parameter)
             or x.device.type not in ("cpu", "cuda") or torch._C._len_torch_dispatch_stack() > 0
             or torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0)

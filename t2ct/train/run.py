@@ -6,6 +6,7 @@ import atexit
 import json
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,8 @@ def train(
         if made.threads:
             torch.set_num_threads(made.threads)
         if dry_run:
-            print(make_plan(kind, made, where).text())
+            told = partial(print, flush=True) if not quiet else lambda _: None
+            print(make_plan(kind, made, where, told=told).text())
             return Path(out)
         root = Path(out)
         if not str(out):
@@ -241,7 +243,8 @@ def _plan(kind: str, config: Training, device: torch.device, quiet: bool) -> Pla
         raise ValueError(f"batch: wanted a multiple of the {world} processes, got {config.batch}")
     if not config.memory:
         return Plan(config.micro or share, share, config.checkpoint_blocks)
-    plan = make_plan(kind, config, device, world)
+    told = partial(print, flush=True) if not quiet else lambda _: None
+    plan = make_plan(kind, config, device, world, told)
     if not quiet:
         print(plan.text(), flush=True)
     return plan

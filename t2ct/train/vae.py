@@ -77,17 +77,18 @@ class VAERecipe(Recipe):
         self.config, self.model, self.source, self.valid, self.bad = config, model, source, valid, bad
         self.parts: dict[str, nn.Module] = {"vae": model}
         self.perceptual = perceptual
+        device = next(model.parameters()).device
         if perceptual is None and config.perceptual == "random" and config.perceptual_weight:
-            self.perceptual = RandomFeatures()
-        if isinstance(self.perceptual, nn.Module):
-            self.perceptual.to(next(model.parameters()).device)
+            with device:
+                self.perceptual = RandomFeatures()
         self.critic: Critic | None = None
         self.judged = False
         self.pairs: list[tuple[Tensor, Tensor]] = []
         if config.adversarial_weight:
-            self.critic = Critic(config.critic_channels, config.critic_layers)
+            with device:
+                self.critic = Critic(config.critic_channels, config.critic_layers)
             self.least = 4 * 2**config.critic_layers
-            self.parts["critic"] = self.critic.to(next(model.parameters()).device)
+            self.parts["critic"] = self.critic
         self.shown = ("l1_hu", "kl", "sigma", "offset_hu", "perceptual", "fooled")
 
     def samples(self) -> Samples:
