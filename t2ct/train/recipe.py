@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from t2ct.train.data.source import BadVolume, Item, Source
 
 Batch = dict[str, Tensor]
 Shown = dict[str, float]
+M = TypeVar("M", bound=nn.Module)
 
 
 _by_itself = False
@@ -117,6 +118,11 @@ class Recipe:
     def example(self, device: torch.device, batch: int, depth: float = 1.0, width: float = 1.0) -> Batch:
         """A batch of the shapes that training sees, of a share of their depth and width, for measuring memory."""
         raise NotImplementedError
+
+
+def placed(module: M, device: torch.device) -> M:
+    """The module on `device`; untouched where it is there already, since fake tensors do not bear `to`."""
+    return module if next(module.parameters()).device == device else module.to(device)
 
 
 def readable(source: Source, count: int, skip_bad: bool) -> Iterator[tuple[int, Item]]:

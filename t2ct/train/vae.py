@@ -17,7 +17,7 @@ from t2ct.train.data.order import Draw, Samples, generator
 from t2ct.train.data.source import Item, Source
 from t2ct.train.parts.critic import Critic, RandomFeatures
 from t2ct.train.parts.folders import export_folder
-from t2ct.train.recipe import Batch, Recipe, Shown, readable
+from t2ct.train.recipe import Batch, Recipe, Shown, placed, readable
 from t2ct.train.show.figures import picture_pairs, reconstruction
 
 WINDOW = hu_to_unit(torch.tensor([-160.0, 240.0])).tolist()
@@ -79,14 +79,12 @@ class VAERecipe(Recipe):
         self.perceptual = perceptual
         device = next(model.parameters()).device
         if perceptual is None and config.perceptual == "random" and config.perceptual_weight:
-            with device:
-                self.perceptual = RandomFeatures()
+            self.perceptual = placed(RandomFeatures(), device)
         self.critic: Critic | None = None
         self.judged = False
         self.pairs: list[tuple[Tensor, Tensor]] = []
         if config.adversarial_weight:
-            with device:
-                self.critic = Critic(config.critic_channels, config.critic_layers)
+            self.critic = placed(Critic(config.critic_channels, config.critic_layers), device)
             self.least = 4 * 2**config.critic_layers
             self.parts["critic"] = self.critic
         self.shown = ("l1_hu", "kl", "sigma", "offset_hu", "perceptual", "fooled")

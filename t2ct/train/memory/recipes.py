@@ -17,7 +17,7 @@ from t2ct.models.unet_blocks import ResBlock, SpatialTransformer
 from t2ct.models.vae import ResBlock as VAEBlock
 from t2ct.models.vision import CosineAttention
 from t2ct.train.config import CLIPTraining, JudgeTraining, LDMTraining, Training, VAETraining
-from t2ct.train.recipe import Recipe
+from t2ct.train.recipe import Recipe, placed
 
 
 def probe_recipe(kind: str, config: Training, device: torch.device) -> Recipe:
@@ -27,15 +27,14 @@ def probe_recipe(kind: str, config: Training, device: torch.device) -> Recipe:
     from t2ct.train.ldm import LDMRecipe
     from t2ct.train.vae import VAERecipe
 
-    with device:
-        if isinstance(config, VAETraining):
-            return VAERecipe(config, VAE(config.model.vae), None)
-        if isinstance(config, CLIPTraining):
-            return CLIPRecipe(config, CLIP3D(config.model.clip), None, None)
-        if isinstance(config, JudgeTraining):
-            return JudgeRecipe(config, Judge(config.model), None)
-        assert isinstance(config, LDMTraining)
-        return LDMRecipe(config, UNet(config.model.unet), None, None, None, None)
+    if isinstance(config, VAETraining):
+        return VAERecipe(config, placed(VAE(config.model.vae), device), None)
+    if isinstance(config, CLIPTraining):
+        return CLIPRecipe(config, placed(CLIP3D(config.model.clip), device), None, None)
+    if isinstance(config, JudgeTraining):
+        return JudgeRecipe(config, placed(Judge(config.model), device), None)
+    assert isinstance(config, LDMTraining)
+    return LDMRecipe(config, placed(UNet(config.model.unet), device), None, None, None, None)
 
 
 def checkpoint_blocks(parts: Mapping[str, nn.Module]) -> None:
