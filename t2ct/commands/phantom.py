@@ -1,4 +1,4 @@
-"""`t2ct phantom`: a procedural chest CT with its report, organ mask and picture."""
+"""`t2ct phantom`: a procedural chest CT with its report, organ mask and picture; a sheet of every finding."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from t2ct.files import check_output_folder, check_outputs, write_files
 if TYPE_CHECKING:
     from t2ct.data.phantoms import Finding
 
-FILES = ("ct.nii.gz", "ct.json", "mask.nii.gz", "report.json", "preview.png")
-SHEET = "sheet.png"
-SHEET_SEEDS = 16
+FILES = ("ct.nii.gz", "ct.json", "mask.nii.gz", "parts.nii.gz", "findings.nii.gz", "report.json", "preview.png")
+DEFAULT_SIZE = (128, 128, 64)
 
 
 def add_parser(commands: Any, **options: Any) -> None:
@@ -23,11 +22,11 @@ def add_parser(commands: Any, **options: Any) -> None:
     parser = commands.add_parser(
         "phantom",
         help="make a procedural chest CT whose truth is known",
-        description="Make a procedural chest CT: volume, report, organ mask and picture, in a folder.",
+        description="Make a procedural chest CT: volume, report, masks, picture; or a sheet of all findings.",
         **options,
     )
-    parser.add_argument("--seed", type=arguments.seed, required=True, help="the patient; the same seed, the same bits")
-    parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="folder to write into, made if missing")
+    parser.add_argument("--seed", type=arguments.seed, help="the patient; the same seed, the same bits (--sheet: 0)")
+    parser.add_argument("-o", "--output", metavar="FOLDER", help="folder to write into, made if missing")
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     findings = parser.add_mutually_exclusive_group()
     findings.add_argument(
@@ -38,42 +37,66 @@ def add_parser(commands: Any, **options: Any) -> None:
         help='such as "pleural effusion:right:large"; may be repeated; default: drawn from the seed',
     )
     findings.add_argument("--normal", action="store_true", help="no findings")
-    parser.add_argument("--size", type=arguments.voxels, nargs=3, metavar=("X", "Y", "Z"), default=(128, 128, 64))
+    parser.add_argument(
+        "--size", type=arguments.voxels, nargs=3, metavar=("X", "Y", "Z"), help="default 128 128 64, sheet 256 256 96"
+    )
     parser.add_argument(
         "--spacing", type=arguments.millimetres, nargs=3, metavar=("X", "Y", "Z"), help="voxel size, mm"
     )
     parser.add_argument(
-        "--sheet", action="store_true", help=f"also {SHEET}: this seed and the {SHEET_SEEDS - 1} after it"
+        "--sheet",
+        metavar="FILE.png",
+        help="draw every finding, or those of --finding: present, absent in the same patient, difference; about 2 min",
     )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Make the phantom and write all its files together."""
-    folder = Path(args.output)
-    names = [*FILES, SHEET] if args.sheet else list(FILES)
+    """Make the phantom and write all its files together; draw the sheet."""
+    if args.output is None and args.sheet is None:
+        raise ValueError("-o, --output: wanted a folder (or --sheet FILE.png), got nothing")
+    if args.output is not None and args.seed is None:
+        raise ValueError("--seed: wanted an integer from 0, got nothing")
+    if args.sheet is not None:
+        if args.normal:
+            raise ValueError("--sheet: wanted findings to draw, got --normal")
+        if Path(args.sheet).suffix.lower() != ".png":
+            raise ValueError(f"--sheet: wanted a file that ends in .png, got {args.sheet!r}")
+        check_outputs([args.sheet], overwrite=args.overwrite)
+    if args.output is not None:
+        _folder(args, Path(args.output))
+    if args.sheet is not None:
+        _sheet(args)
+
+
+def _folder(args: argparse.Namespace, folder: Path) -> None:
     check_output_folder(folder)
     if folder.exists():
-        check_outputs([folder / name for name in names], overwrite=args.overwrite)
+        check_outputs([folder / name for name in FILES], overwrite=args.overwrite)
 
-    from t2ct.data.phantoms import contact_sheet, phantom
+    from t2ct.data.phantoms import phantom
 
     findings = [] if args.normal else args.finding
-    grid: dict[str, Any] = {
-        "findings": findings,
-        "size": tuple(args.size),
-        "spacing": args.spacing and tuple(args.spacing),
-    }
-    made = phantom(args.seed, **grid)
+    spacing = args.spacing and tuple(args.spacing)
+    made = phantom(args.seed, findings, tuple(args.size or DEFAULT_SIZE), spacing)
     with tempfile.TemporaryDirectory(prefix="t2ct-") as scratch:
         made.save(scratch)
-        if args.sheet:
-            contact_sheet(range(args.seed, args.seed + SHEET_SEEDS), Path(scratch) / SHEET, **grid)
         contents = {folder / path.name: path.read_bytes() for path in sorted(Path(scratch).iterdir())}
     folder.mkdir(parents=True, exist_ok=True)
     write_files(contents)
     print(f"wrote {', '.join(path.name for path in contents)} to {folder}")
     print(made.prompt)
+
+
+def _sheet(args: argparse.Namespace) -> None:
+    from t2ct.data.phantoms.sheet import SHEET_SIZE, finding_sheet
+
+    names = list(dict.fromkeys(f.name for f in args.finding)) if args.finding else None
+    with tempfile.TemporaryDirectory(prefix="t2ct-") as scratch:
+        path = Path(scratch) / "sheet.png"
+        finding_sheet(path, names, args.seed or 0, size=tuple(args.size or SHEET_SIZE), asked=args.finding)
+        write_files({Path(args.sheet): path.read_bytes()})
+    print(f"wrote {args.sheet}")
 
 
 def finding(text: str) -> Finding:

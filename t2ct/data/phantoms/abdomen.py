@@ -77,5 +77,5 @@ def _paint_part(canvas: Canvas, a: Anatomy, cage: Array, box: Box, bowel: Array,
         canvas.paint(box, canvas.inside(np.maximum(fat - 8, inner)), -104.0, ORGAN["fat"])
         shell = canvas.inside(np.maximum(kidney, inner + 3))
         canvas.paint(box, shell, 33.0 + 2.6 * soft, ORGAN[name])
-        sinus = ellipsoid(x - side * 46, v - 4, z - cz, (13.0, 11.0, 30.0))
-        canvas.paint(box, canvas.inside(sinus) * shell, -60.0 + soft)
+        sinus = ellipsoid(x - side * 40, v - 4, z - cz, (13.0, 9.0, 26.0))
+        canvas.paint(box, canvas.inside(sinus) * shell, -85.0, ORGAN["fat"])

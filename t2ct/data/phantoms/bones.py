@@ -12,7 +12,7 @@ from t2ct.data.phantoms.organs import ORGAN, PART
 def paint_bones(canvas: Canvas, a: Anatomy, body: Array) -> None:
     """Ribs with cartilage, sternum, clavicles, scapulae, humeral heads, spine, all within `body`."""
     cortex = 540 - 2.0 * (a.age - 50)
-    marrow = 190 - 1.6 * (a.age - 50)
+    marrow = 160 - 2.1 * (a.age - 50)  # of vertebrae: Jang et al., Radiology 2019; 291: 360
     _paint_spine(canvas, a, marrow)
     step, z = canvas.step, np.float32(a.apex)
 

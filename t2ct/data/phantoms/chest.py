@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from t2ct.data.phantoms.anatomy import Anatomy, aorta_x
+from t2ct.data.phantoms.anatomy import Anatomy, aorta_x, ellipsoid
 from t2ct.data.phantoms.canvas import Array, Canvas, f32, path, tube
 from t2ct.data.phantoms.heart import paint_heart
 from t2ct.data.phantoms.organs import ORGAN, PART
@@ -154,7 +154,32 @@ def paint_mediastinum(canvas: Canvas, a: Anatomy) -> None:
     inside = alpha > np.float32(0.5)
     canvas.label(box, inside & (z > 54), ORGAN["aorta"], PART["aortic arch"])
     canvas.label(box, inside & (z <= 54) & (y > -18), ORGAN["aorta"], PART["ascending aorta"])
+    _paint_small(canvas, a)
     paint_airways(canvas)
+
+
+# Lymph nodes that everybody has: centre (mm) and short axis, well below the 10 mm that count as enlarged.
+NODES = ((18, -12, 62, 6), (16, -14, 78, 5), (19, -8, 46, 6), (-15, -14, 60, 5), (4, -38, 12, 7), (-8, -42, 2, 5),
+         (-18, 28, 44, 5), (6, 30, 56, 4), (44, -26, 12, 6), (-46, -30, 8, 5), (122, -6, 84, 7), (-124, -4, 80, 7),
+         (126, -18, 66, 6), (-122, -16, 70, 6))  # fmt: skip
+
+
+def _paint_small(canvas: Canvas, a: Anatomy) -> None:
+    """The thyroid, and lymph nodes of normal size."""
+    bright = {"none": 0.0, "arterial": 70.0, "venous": 45.0}[a.phase]
+    rise = np.float32(a.apex - 115)
+    for side in (1, -1):
+        box = canvas.box((side * 17 - 14, -26, 110), (side * 17 + 14, 8, 175))
+        x, y, z = canvas.at(box)
+        lobe = canvas.inside(ellipsoid(x - side * 16, y + 8, z - 143 - rise, (9.0, 11.0, 24.0)))
+        canvas.paint(box, lobe, 100.0 + bright, ORGAN["thyroid"])
+    for x0, y0, z0, size in NODES:
+        reach = size + 2
+        box = canvas.box((x0 - reach, y0 - reach, z0 - reach), (x0 + reach, y0 + reach, z0 + reach))
+        x, y, z = canvas.at(box)
+        node = canvas.inside(ellipsoid(x - x0, y - y0, z - z0, (size / 2, size / 2, size * 0.8)))
+        node *= canvas.mask[box] == ORGAN["fat"]
+        canvas.paint(box, node, 40.0 + 0.5 * bright, ORGAN["lymph nodes"], least=0.4)
 
 
 def vena_cava(a: Anatomy) -> list[list[float]]:
@@ -186,4 +211,7 @@ def paint_airways(canvas: Canvas, wall: float = 1.6, only: tuple[int, ...] = (1,
             continue
         thick = f32([0, 0, 0, wall])
         pair = (tube([line + thick for line in lines], canvas.step), tube(lines, canvas.step))
-        paint_pipes(canvas, [pair], name)
+        clear = None
+        if name == "lobar bronchi":  # a large heart or fluid around it leaves no room
+            clear = ~np.isin(canvas.mask, [ORGAN["heart"], ORGAN["pericardial effusion"]])
+        paint_pipes(canvas, [pair], name, clear)

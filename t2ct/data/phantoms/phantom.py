@@ -62,7 +62,7 @@ class Phantom:
 
     def organ_mask(self, name: str) -> np.ndarray:
         """(X, Y, Z) bool: the voxels of an organ of `ORGANS` or a part of `PARTS`. Raises ValueError."""
-        if name in PART and self.parts is not None:
+        if name in PARTS[1:] and self.parts is not None:
             return self.parts == PART[name]
         if name in ORGAN:
             return self.mask == ORGAN[name]
@@ -86,31 +86,40 @@ class Phantom:
 
     def wordings(self, count: int) -> list[str]:
         """`prompt` and count - 1 further prompts that say the same in other words, order and detail."""
-        anatomy = draw_anatomy(_stream(self.seed, "anatomy"))
+        anatomy = draw_anatomy(stream(self.seed, "anatomy"))
         for f in self.present:
-            FINDINGS[f.name].prepare(anatomy, f, _stream(self.seed, "prepare " + f.name))
-        others = (write_report(self.present, anatomy, _stream(self.seed, f"report {i}")) for i in range(1, count))
+            FINDINGS[f.name].prepare(anatomy, f, stream(self.seed, "prepare " + f.name))
+        others = (write_report(self.present, anatomy, stream(self.seed, f"report {i}")) for i in range(1, count))
         return [self.prompt, *(prompt for _, prompt in others)]
 
     def save(self, folder: str | Path) -> dict[str, Path]:
-        """Write ct.nii.gz, mask.nii.gz, report.json and preview.png into `folder`; returns their paths."""
+        """Write the volume, the masks, the report and a picture into `folder`; returns their paths.
+
+        ct.nii.gz and ct.json; mask.nii.gz (numbers of `ORGANS`), parts.nii.gz (of `PARTS`), findings.nii.gz (bits: 1
+        for the first of "finding bits" in the report, 2 for the second, …); report.json; preview.png."""
         import nibabel as nib
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        names = {"volume": "ct.nii.gz", "mask": "mask.nii.gz", "report": "report.json", "preview": "preview.png"}
+        names = {"volume": "ct.nii.gz", "mask": "mask.nii.gz", "parts": "parts.nii.gz", "bits": "findings.nii.gz",
+                 "report": "report.json", "preview": "preview.png"}  # fmt: skip
         paths = {key: folder / name for key, name in names.items()}
         self.volume.save(paths["volume"])
-        image = nib.Nifti1Image(self.mask, self.affine)
-        image.header["descrip"] = b"SYNTHETIC t2ct phantom, organ labels"
-        nib.save(image, paths["mask"])
-        facts = {**self._facts(), "prompt": self.prompt, "organs": dict(enumerate(ORGANS))}
+        nothing = np.zeros(self.mask.shape, np.uint8)
+        masks = {"mask": self.mask, "parts": nothing if self.parts is None else self.parts,
+                 "bits": nothing.astype(np.uint32) if self.bits is None else self.bits}  # fmt: skip
+        for key, values in masks.items():
+            image = nib.Nifti1Image(values, self.affine)
+            image.header["descrip"] = f"SYNTHETIC t2ct phantom, {names[key].split('.')[0]}".encode()
+            nib.save(image, paths[key])
+        facts = {**self._facts(), "prompt": self.prompt, "organs": dict(enumerate(ORGANS)),
+                 "parts": dict(enumerate(PARTS)), "finding bits": list(FINDING_BITS)}  # fmt: skip
         paths["report"].write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         self.volume.preview(paths["preview"])
         return paths
 
 
-def _stream(seed: int, name: str) -> np.random.Generator:
+def stream(seed: int, name: str) -> np.random.Generator:
     """One random stream per purpose, so that more findings or words never change the anatomy of a seed."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, *name.encode()])))
 
@@ -136,14 +145,14 @@ def describe(seed: int, findings: Sequence[FindingLike] | None = None) -> Descri
         raise ValueError(f"seed: wanted an integer >= 0, got {seed}")
     seed = int(seed)
     if findings is None:
-        wanted = draw_findings(_stream(seed, "findings"))
+        wanted = draw_findings(stream(seed, "findings"))
     elif isinstance(findings, (str, Mapping, Finding)):
         raise TypeError(f"findings: wanted a list of findings, got {type(findings).__name__}")
     else:
         wanted = [Finding.of(f) for f in findings]
-    present = complete(wanted, lambda name: _stream(seed, "draw " + name))
+    present = complete(wanted, lambda name: stream(seed, "draw " + name))
     labels = np.array([any(FINDINGS[f.name].label == name for f in present) for name in LABELS], np.uint8)
-    report, prompt = write_report(present, draw_anatomy(_stream(seed, "anatomy")), _stream(seed, "report"))
+    report, prompt = write_report(present, draw_anatomy(stream(seed, "anatomy")), stream(seed, "report"))
     return Description(report, prompt, labels, present)
 
 
@@ -173,24 +182,24 @@ def phantom(
 
     text = describe(seed, findings)
     seed, present = int(seed), text.present
-    anatomy = draw_anatomy(_stream(seed, "anatomy"))
-    trees = grow_trees(anatomy, _stream(seed, "trees"))  # before anything is wrong: the same in sickness and in health
+    anatomy = draw_anatomy(stream(seed, "anatomy"))
+    trees = grow_trees(anatomy, stream(seed, "trees"))  # before anything is wrong: the same in sickness and in health
     for f in present:
-        FINDINGS[f.name].prepare(anatomy, f, _stream(seed, "prepare " + f.name))
+        FINDINGS[f.name].prepare(anatomy, f, stream(seed, "prepare " + f.name))
     canvas = Canvas(size, spacing, anatomy.frame)
     x, y, z = canvas.x, canvas.y, canvas.z
     cage = anatomy.cage(x, y, z)
     lungs = anatomy.lungs(x, y, z)
-    body = paint_wall(canvas, anatomy, cage, _stream(seed, "wall"))
-    paint_abdomen(canvas, anatomy, cage, _stream(seed, "abdomen"))
-    alpha = paint_lungs(canvas, anatomy, lungs, trees, _stream(seed, "lungs"))
-    scene = Scene(canvas, anatomy, lungs, alpha, present, _stream(seed, "points"), trees)
+    body = paint_wall(canvas, anatomy, cage, stream(seed, "wall"))
+    paint_abdomen(canvas, anatomy, cage, stream(seed, "abdomen"))
+    alpha = paint_lungs(canvas, anatomy, lungs, trees, stream(seed, "lungs"))
+    scene = Scene(canvas, anatomy, lungs, alpha, present, stream(seed, "points"), trees)
     paint_mediastinum(canvas, anatomy)
     paint_bones(canvas, anatomy, body)
     for f in sorted(present, key=lambda f: FINDINGS[f.name].layer):
-        FINDINGS[f.name].paint(scene, f, _stream(seed, "paint " + f.name))
+        FINDINGS[f.name].paint(scene, f, stream(seed, "paint " + f.name))
     paint_table(canvas)
-    hu = scan(canvas.hu, spacing, _stream(seed, "scanner"))
+    hu = scan(canvas.hu, spacing, stream(seed, "scanner"))
 
     return Phantom(seed, hu, canvas.affine, text.report, text.prompt, text.labels, present, canvas.mask,
                    canvas.parts, canvas.bits)  # fmt: skip

@@ -27,7 +27,7 @@ class Kernel:
         """From smooth to sharp: a sharp kernel blurs less and lets more noise through."""
         sharp = float(rng.uniform(0, 1))
         blur, slab = 1.2 - 0.6 * sharp, float(rng.uniform(1.0, 5.0))
-        noise = (10 + 22 * sharp) * float(rng.uniform(0.8, 1.3)) / np.sqrt(max(slab, 1.0) / 1.5)
+        noise = (14 + 28 * sharp) * float(rng.uniform(0.8, 1.3)) / np.sqrt(max(slab, 1.0) / 1.5)
         return Kernel(blur, slab / 2.355, 0.28 + 0.42 * sharp, float(noise))
 
     def power(self, f: Array) -> Array:

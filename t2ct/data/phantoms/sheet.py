@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
     from t2ct.data.phantoms.phantom import Phantom
 
-WINDOWS = {"lung": (-600, 1500), "narrow lung": (-750, 600), "soft": (40, 400), "bone": (400, 1800),
-           "wide": (-250, 1500), "metal": (700, 3000)}  # fmt: skip
-SHEET_SIZE = (256, 256, 80)
+WINDOWS = {"lung": (-600, 1500), "soft": (40, 400), "bone": (400, 1800), "wide": (-250, 1500),
+           "metal": (900, 2400), "calcium": (350, 1100),
+           "emphysema": (-820, 420), "mosaic": (-760, 520)}  # fmt: skip
+SHEET_SIZE = (256, 256, 96)
 
 
 def view(hu: np.ndarray, spacing: Sequence[float], plane: str, at: float, window: str, height: int) -> Image.Image:
@@ -74,23 +75,25 @@ class Shot:
     wide: float  # mm across the picture; 0 shows all
     ask: dict[str, object]
     patient: int = 0  # added to the seed
+    through: bool = False  # the brightest along each ray instead of one slice, as wires need
+    middle: bool = False  # the plane through the middle of the finding instead of that with most of it
 
 
 SHOTS = {
-    "medical material": Shot("coronal", "metal", 0, {"kind": "pacemaker", "side": "left"}, 2),
-    "arterial wall calcification": Shot("axial", "bone", 200, {"size": "severe"}, 5),
+    "medical material": Shot("coronal", "metal", 0, {"kind": "pacemaker", "side": "left"}, 2, through=True),
+    "arterial wall calcification": Shot("axial", "calcium", 200, {"size": "severe"}, 5),
     "cardiomegaly": Shot("coronal", "wide", 0, {"size": "severe"}),
-    "pericardial effusion": Shot("axial", "soft", 240, {"size": "large"}, 3),
-    "coronary artery wall calcification": Shot("axial", "bone", 150, {"size": "severe", "kind": "multivessel"}, 5),
+    "pericardial effusion": Shot("axial", "soft", 240, {"size": "large"}, 3, middle=True),
+    "coronary artery wall calcification": Shot("axial", "calcium", 170, {"size": "severe", "kind": "multivessel"}, 5),
     "hiatal hernia": Shot("axial", "soft", 240, {"size": "large"}, 4),
-    "lymphadenopathy": Shot("axial", "soft", 200, {"kind": "paratracheal", "size": "severe"}, 3),
-    "emphysema": Shot("coronal", "lung", 0, {"size": "severe", "kind": "centrilobular"}),
+    "lymphadenopathy": Shot("axial", "soft", 200, {"kind": "paratracheal", "size": "severe"}, 42),
+    "emphysema": Shot("coronal", "emphysema", 0, {"size": "severe", "kind": "centrilobular"}),
     "atelectasis": Shot("axial", "lung", 0, {"kind": "lobar", "side": "left"}, 1),
     "lung nodule": Shot("axial", "lung", 0, {"size_mm": 22, "side": "right", "lobe": "upper", "count": 1}),
     "lung opacity": Shot("axial", "lung", 0, {"size": "extensive", "side": "bilateral", "lobe": "lower"}, 1),
     "pulmonary fibrotic sequela": Shot("coronal", "lung", 0, {"size": "severe", "side": "right", "lobe": "upper"}, 2),
     "pleural effusion": Shot("axial", "soft", 0, {"size": "moderate", "side": "right"}),
-    "mosaic attenuation pattern": Shot("axial", "narrow lung", 0, {"size": "severe"}),
+    "mosaic attenuation pattern": Shot("axial", "mosaic", 0, {"size": "severe"}),
     "peribronchial thickening": Shot("axial", "lung", 200, {"size": "severe"}, 1),
     "consolidation": Shot("axial", "lung", 0, {"size": "lobar", "side": "right", "lobe": "lower"}, 2),
     "bronchiectasis": Shot("axial", "lung", 200, {"size": "severe", "side": "right", "lobe": "lower",
@@ -107,11 +110,13 @@ def finding_sheet(
     size: tuple[int, int, int] = SHEET_SIZE,
     columns: int = 3,
     levels: int = 256,
+    asked: Sequence[Finding] | None = None,
 ) -> list[Phantom]:
     """Write a PNG that shows findings present, absent in the same patient, and what the finding changed.
 
     names: findings of `FINDINGS`, all 18 by default. tile: pixels of a picture. size: voxels. columns: findings side by
-    side. levels: shades of grey; fewer make a smaller file. Returns the phantoms that have the findings. About two
+    side. levels: shades of grey; fewer make a smaller file. asked: findings to draw instead of the clear cases of
+    `SHOTS`, where they say more than the name. Returns the phantoms that have the findings. About two
     seconds for a phantom of 256 x 256 x 80. Raises ValueError for an unknown name.
     """
     from PIL import Image, ImageDraw
@@ -126,7 +131,8 @@ def finding_sheet(
     strips, made = [], []
     for name in tqdm(names, desc="findings", leave=False):
         shot = SHOTS[name]
-        ill = phantom(seed + shot.patient, [Finding(name, **shot.ask)], size)  # type: ignore[arg-type]
+        wanted = [f for f in asked or () if f.name == name and len(f.as_dict()) > 1]
+        ill = phantom(seed + shot.patient, wanted or [{"name": name, **shot.ask}], size)
         well = phantom(seed + shot.patient, [], size)
         strip = Image.new("L", (3 * tile + 4, tile + 13))
         for k, picture in enumerate(_three(ill, well, name, shot, tile)):
@@ -147,9 +153,11 @@ def _three(ill: Phantom, well: Phantom, name: str, shot: Shot, tile: int) -> lis
     where = ill.finding_mask(name)
     change = np.abs(ill.hu.astype(np.float32) - well.hu) * (where if where.any() else 1)
     across = tuple(k for k in range(3) if k != axis)
-    index = int(change.sum(across).argmax())
+    amount = change.sum(across)
+    index = int((amount * np.arange(len(amount))).sum() / amount.sum()) if shot.middle else int(amount.argmax())
     spacing = np.diag(ill.affine)[:3]
-    cuts = [np.take(v, index, axis).astype(np.float32) for v in (ill.hu, well.hu)]
+    cuts = [v.max(axis) if shot.through else np.take(v, index, axis) for v in (ill.hu, well.hu)]
+    cuts = [cut.astype(np.float32) for cut in cuts]
     weight = np.take(change, index, axis)
     middle = [float((weight.sum(1 - k) * np.arange(weight.shape[k])).sum() / max(weight.sum(), 1e-6)) for k in (0, 1)]
     mm = spacing[list(across)]
@@ -160,7 +168,8 @@ def _three(ill: Phantom, well: Phantom, name: str, shot: Shot, tile: int) -> lis
     centre, width = WINDOWS[shot.window]
     greys = [(cut - (centre - width / 2)) / width * 255 for cut in cuts]
     greys.append(128 + (cuts[0] - cuts[1]) * np.float32(255 / min(width, 1400)))
-    return [_crop(grey, middle, mm, wide, tile, 128 if k == 2 else 0) for k, grey in enumerate(greys)]
+    air = int(np.clip((-1000 - (centre - width / 2)) / width * 255, 0, 255))
+    return [_crop(grey, middle, mm, wide, tile, 128 if k == 2 else air) for k, grey in enumerate(greys)]
 
 
 def _crop(

@@ -9,7 +9,7 @@ from t2ct.data.phantoms.canvas import Array
 from t2ct.data.phantoms.chest import AIR, BRONCHUS, paint_airways, paint_pipes
 from t2ct.data.phantoms.findings.base import SIDES, Disease, Finding, Scene, dry_side
 from t2ct.data.phantoms.organs import ORGAN
-from t2ct.data.phantoms.trees import bronchi
+from t2ct.data.phantoms.trees import LUMEN, bronchi
 
 
 class PeribronchialThickening(Disease):
@@ -56,13 +56,12 @@ class Bronchiectasis(Disease):
     def paint(self, scene: Scene, f: Finding, rng: np.random.Generator) -> None:
         canvas, a = scene.canvas, scene.anatomy
         radius = self.wide[f.size or "moderate"] * float(rng.uniform(0.9, 1.1))
-        wall = float(rng.uniform(0.9, 1.4))
+        wall = float(rng.uniform(1.3, 1.9))
         wall += 0.6 * any(o.name == "peribronchial thickening" for o in scene.present)
         for side in SIDES[f.side or "right"]:
             arteries, _ = scene.trees[side, f.lobe or "lower"]
-            lumen = arteries.radius * np.float32(0.68)
 
-            def widen(centre: Array, level: Array, lumen: Array = lumen) -> Array:
+            def widen(centre: Array, level: Array) -> Array:
                 # Up to `radius` whatever the level: no taper. Some branches more than others.
                 beads = 1 + 0.3 * np.sin(centre.sum(1) / 3) if f.kind == "varicose" else 1.0
                 some = 0.85 + 0.3 * np.sin(centre[:, 0] / 17 + centre[:, 2] / 13)
@@ -70,7 +69,7 @@ class Bronchiectasis(Disease):
 
             part = arteries.take(arteries.level < (6 if f.size != "mild" else 5))
             tree = bronchi(part, canvas.step, widen=lambda c, k: widen(c, k) * (k > 0), levels=6)
-            shrink = tree.artery * np.float32(0.68) * (tree.level > 0)  # the wide radius replaces the healthy one
+            shrink = tree.artery * np.float32(LUMEN) * (tree.level > 0)  # the wide radius replaces the healthy one
             tree.lumen, tree.wall = tree.lumen - shrink, tree.wall * 0 + np.float32(wall)
             deep = a.lungs(*tree.centre.T) < -tree.lumen - wall - 1
             tree.lumen *= deep

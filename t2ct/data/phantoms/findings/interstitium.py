@@ -19,20 +19,20 @@ class InterlobularSeptalThickening(Disease):
     name, label, layer = "interlobular septal thickening", "Interlobular septal thickening", 0
     sides = {"right": 0.1, "left": 0.1, "bilateral": 0.8}
     sizes = {"mild": 0.25, "moderate": 0.4, "severe": 0.35}
-    thick = {"mild": (1.1, 1.4), "moderate": (1.5, 1.9), "severe": (2.0, 2.6)}
+    thick = {"mild": (0.8, 1.0), "moderate": (1.1, 1.4), "severe": (1.5, 2.0)}
     depth = {"mild": 22.0, "moderate": 34.0, "severe": 55.0}  # mm from the pleura
 
     def paint(self, scene: Scene, f: Finding, rng: np.random.Generator) -> None:
         canvas, size = scene.canvas, f.size or "moderate"
         thick = float(rng.uniform(*self.thick[size]))
-        cells = lobules(scene, float(rng.uniform(16, 20)), rng)
+        cells = lobules(scene, float(rng.uniform(15, 19)), rng)
         width = max(canvas.width * 0.8, thick)
         line = np.clip((np.float32(thick / 2) - cells.septum()) / np.float32(width) + np.float32(0.5), 0, 1)
         lobes = scene.anatomy.lobe(canvas.x, canvas.y, canvas.z)
         fissure = np.abs(lobes["lower"])
         fissure = np.minimum(fissure, np.where(canvas.x > 0, np.abs(lobes["middle"]), np.float32(99)))
         np.maximum(line, np.clip(np.float32(0.5 + 0.7 * thick / width) - fissure / np.float32(width), 0, 1), out=line)
-        line *= np.float32(min(1.0, thick / width + 0.12))
+        line *= np.float32(min(1.0, thick / width + 0.15))
         outer = np.clip(np.float32(1.3) + scene.lungs / np.float32(self.depth[size]), 0, 1)
         low = np.clip((np.float32(45) - canvas.z) / 90, 0.35, 1)  # heavier at the base
         some = np.clip(0.85 + 0.45 * canvas.texture(rng, 40.0), 0, 1)
@@ -41,7 +41,7 @@ class InterlobularSeptalThickening(Disease):
         if f.side != "bilateral":
             line *= canvas.x * SIDES[f.side or "right"][0] > 0
         canvas.hu += np.float32(45) * (line > 0) * outer * low * scene.alpha  # oedema makes the lung between hazier
-        canvas.paint(ALL, line, -20.0, ORGAN[self.name], least=0.25)
+        canvas.paint(ALL, line, -60.0, ORGAN[self.name], least=0.25)
 
 
 class MosaicAttenuation(Disease):

@@ -91,6 +91,7 @@ class LungNodule(Disease):
         a, canvas = scene.anatomy, scene.canvas
         main = SIDES[f.side or "right"][0]
         value = float(rng.uniform(30, 55)) + ENHANCED[a.phase]
+        spiculated = f.size == "large" and rng.random() < 0.5
         for k in range(f.count or 1):
             # The first is the one that the report measures; the others are smaller and anywhere.
             diameter = float(f.size_mm or 15) * (1.0 if k == 0 else float(rng.uniform(0.45, 0.8)))
@@ -103,6 +104,14 @@ class LungNodule(Disease):
             ball, weights = ellipsoid_points((0.0, 0.0, 0.0), diameter / 2, min(canvas.spacing) * 0.45)
             box, alpha = canvas.splat(ball + canvas.frame.to_scanner(centre[None]), weights, scanner=True)
             canvas.paint(box, alpha, value, ORGAN["lung nodule"])
+            if spiculated:  # fine lines to the lung around; not part of what is measured
+                ways = rng.normal(0, 1, (9, 3))
+                ways /= np.linalg.norm(ways, axis=1, keepdims=True)
+                reach = diameter * rng.uniform(0.65, 0.95, (9, 1))
+                lines = [path(f32([[*(centre + 0.4 * diameter * w), 1.1], [*(centre + far * w), 0.4]]), canvas.step)
+                         for w, far in zip(ways, reach, strict=True)]  # fmt: skip
+                box, alpha = canvas.splat(*tube(lines, canvas.step))
+                canvas.paint(box, alpha * scene.alpha[box], value)
 
 
 class Emphysema(Disease):
@@ -128,7 +137,7 @@ class Emphysema(Disease):
         limit = np.float32(self.threshold[size]) + below * np.float32(1.1)
         if f.kind == "paraseptal":
             limit = limit - np.float32(0.5) + np.clip(-(scene.lungs + 6) / 16, 0, 1.5)
-        alpha = np.clip((holes - limit) * np.float32(2.2) + np.float32(0.5), 0, 1) * canvas.inside(scene.lungs + 3)
+        alpha = np.clip((holes - limit) * np.float32(3.2) + np.float32(0.5), 0, 1) * canvas.inside(scene.lungs + 3)
         canvas.paint(ALL, alpha.astype(np.float32), -975.0, ORGAN["emphysema"])
         if f.kind == "paraseptal":
             count = {"mild": 2, "moderate": 5, "severe": 9}[size]

@@ -11,7 +11,7 @@ from t2ct.data.phantoms.canvas import f32, path, tube
 from t2ct.data.phantoms.chest import HILUM
 from t2ct.data.phantoms.findings.base import SIDES, Disease, Finding, Scene
 from t2ct.data.phantoms.heart import CORONARIES, coronary
-from t2ct.data.phantoms.organs import ORGAN
+from t2ct.data.phantoms.organs import ORGAN, PART
 
 ENHANCED = {"none": 0.0, "arterial": 25.0, "venous": 40.0}
 
@@ -79,11 +79,11 @@ class Lymphadenopathy(Disease):
     def paint(self, scene: Scene, f: Finding, rng: np.random.Generator) -> None:
         a, canvas = scene.anatomy, scene.canvas
         diameter = float(f.size_mm or 18)
-        number = int(rng.integers(3, 6))
+        number = {"mild": 3, "moderate": 5, "severe": 7}[f.size or "moderate"]
         value = 38.0 + 1.3 * ENHANCED[a.phase] + float(rng.uniform(-4, 6))
         for side in SIDES[f.side or "right"]:
             for k in range(number):
-                size = diameter if k == 0 else diameter * float(rng.uniform(0.5, 0.85))
+                size = diameter if k == 0 else diameter * float(rng.uniform(0.55, 0.95))
                 centre = self._place(f.kind or "paratracheal", side, k, size, a, rng)
                 long = size * float(rng.uniform(1.2, 1.6))
                 radii = [size / 2, size / 2, long / 2] if f.kind != "subcarinal" else [long / 2, size / 2, size / 2]
@@ -91,13 +91,15 @@ class Lymphadenopathy(Disease):
                 x, y, z = canvas.at(box)
                 node = ellipsoid(x - np.float32(centre[0]), y - np.float32(centre[1]), z - np.float32(centre[2]), radii)
                 firm = np.isin(canvas.mask[box], [ORGAN["bone"], ORGAN["airway"], ORGAN["heart"], ORGAN["aorta"],
-                                                  ORGAN["vena cava"], ORGAN["pulmonary vessels"], ORGAN["skin"],
+                                                  ORGAN["vena cava"], ORGAN["azygos vein"], ORGAN["skin"],
                                                   ORGAN["background"], ORGAN["spinal canal"]])  # fmt: skip
-                small = np.isin(canvas.parts[box], 0) | (canvas.mask[box] != ORGAN["pulmonary vessels"])
+                # The vessels of the hila are pushed aside, those of the mediastinum are not.
+                large = np.isin(canvas.parts[box], [PART["pulmonary trunk"], PART["right pulmonary artery"],
+                                                    PART["left pulmonary artery"]])  # fmt: skip
                 alpha = canvas.inside(node)
                 rim = canvas.inside(node - np.float32(2))  # a little fat around each
                 canvas.paint(box, rim * ~firm * (f.kind != "hilar") * np.float32(0.7), -95.0)
-                canvas.paint(box, alpha * (~firm & small), value, ORGAN[self.name])
+                canvas.paint(box, alpha * ~(firm | large), value, ORGAN[self.name])
 
     def _place(self, kind: str, side: int, k: int, size: float, a: Anatomy, rng: np.random.Generator) -> np.ndarray:
         """Centre (mm) of the k-th node of a station."""
@@ -111,7 +113,8 @@ class Lymphadenopathy(Disease):
             "axillary": [(side * 126, -6, 86), (side * 130, -16, 66), (side * 122, 10, 78), (side * 128, -2, 104),
                          (side * 132, -20, 84)],
         }  # fmt: skip
-        centre = f32(spots[kind][k % len(spots[kind])]) + f32(rng.uniform(-3, 3, 3))
+        more = k // len(spots[kind])  # the next round lies beside the first
+        centre = f32(spots[kind][k % len(spots[kind])]) + f32(rng.uniform(-3, 3, 3)) + more * f32([6, 10, -14])
         if kind == "hilar":
             centre[0] += side * size * 0.2
         return centre
