@@ -276,6 +276,21 @@ def test_published_files_hold_no_vision_tower_here(model, scans, tmp_path):
     assert any("alignment is left out: the model has no vision" in note for note in results["notes"])
 
 
+def test_a_clip_of_another_run(model, scans, tmp_path, capsys):
+    """--clip names a run whose vision tower a model's folder lacks; one that lacks it too is an error."""
+    folder = tmp_path / "model"
+    T2CTPipeline.from_pretrained(model, device="cpu").save_pretrained(folder)
+    command = ["eval", "--model", str(folder), "--data", str(scans), "--judge", str(model), "--steps", "1", "--quiet"]
+    command += ["--tables", "alignment"]
+    assert main([*command, "--clip", str(folder), "--out", str(tmp_path / "bad")]) == 2
+    assert "lacks" in capsys.readouterr().err and not (tmp_path / "bad").exists()
+    (tmp_path / "run").mkdir()
+    shutil.copytree(model, tmp_path / "run/final")
+    assert main([*command, "--clip", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    found = json.loads((tmp_path / "out/results.json").read_text())["alignment"]
+    assert found["report_to_volume_r5"]["n"] == 12 and "map_at_50" not in found
+
+
 def test_help_names_the_command(capsys):
     assert main(["eval", "--help"]) == 0
     assert "t2ct eval compare a b" in capsys.readouterr().out

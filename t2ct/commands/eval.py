@@ -57,6 +57,9 @@ def _add_common(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument("--quick", action="store_true", help="few volumes of few steps: minutes on a CPU")
     parser.add_argument("--judge", metavar="PATH", help="file or run of a judge; default: that in the model's folder")
     parser.add_argument(
+        "--clip", metavar="RUN", help="run or folder of a CLIP3D with both towers, for alignment; default: the model's"
+    )
+    parser.add_argument(
         "--backbone", metavar="PATH:FACTORY", action="append", default=[],
         help="a network whose features the distances use; twice for one of slices and one of volumes",
     )  # fmt: skip
@@ -103,7 +106,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         if value is not None and value < 1:
             raise ValueError(f"--{name}: wanted an integer of at least 1, got {value}")
     options = {
-        "quick": args.quick, "judge": args.judge, "backbones": args.backbone, "steps": args.steps,
+        "quick": args.quick, "judge": args.judge, "clip": args.clip, "backbones": args.backbone, "steps": args.steps,
         "guidance": args.guidance, "count": args.count, "batch": args.batch, "device": args.device,
         "resume": args.resume, "quiet": args.quiet,
     }  # fmt: skip

@@ -17,12 +17,13 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from t2ct import weights
-from t2ct.checks import find_files
+from t2ct.checks import FILES, find_files
 from t2ct.config import PipelineConfig
 from t2ct.data.phantoms import LABELS
 from t2ct.models import CLIP3D
 from t2ct.models.judge import FILE, Judge, fit_volume, load_judge
 from t2ct.text import Tokenizer
+from t2ct.train.parts.folders import find_folder
 from t2ct.train.parts.tokens import token_ids
 
 SLICES = 8  # of each plane, over the middle 80 % of the volume
@@ -162,17 +163,25 @@ class Clip:
         return self.texts([template.format(name) for name in LABELS])
 
 
-def open_clip(model: Any, device: torch.device | str = "cpu") -> Clip | str:
-    """The CLIP3D of a model with both towers, or why there is none: published and embedded folders may hold the text
-    tower alone."""
-    files = find_files(model)
+def open_clip(model: Any, path: str | Path | None = None, device: torch.device | str = "cpu") -> Clip | str:
+    """A CLIP3D with both towers: that of the run or folder `path`, by default the model's own; or, of the latter, why
+    there is none. A model needs the text tower alone, and its folder may hold no other."""
+    files: dict[str, Any]
+    if path is None:
+        files = find_files(model)
+    else:
+        folder = find_folder(path, "clip")
+        files = {name: folder / FILES[name] for name in ("clip", "tokenizer")} | {"config": folder / "config.json"}
     config = PipelineConfig.from_json(files["config"]) if files["config"] is not None else PipelineConfig()
     with torch.device("meta"):
         network = CLIP3D(config.clip)
     try:
         found = weights.load_into(network, files["clip"], torch.device(device), torch.float32)
     except ValueError as error:
-        return f"the model has no vision tower of CLIP3D ({' '.join(str(error).split())[:160]})"
+        if path is not None:
+            raise
+        told = " ".join(str(error).split())[:160]
+        return f"the model has no vision tower of CLIP3D, and no --clip RUN names one ({told})"
     return Clip(network, Tokenizer.from_file(files["tokenizer"]), found["hash"][:16])
 
 

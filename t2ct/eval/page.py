@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from t2ct.eval.metrics.alignment import RANKS
 from t2ct.train.show.figures import picture_pairs
 from t2ct.train.show.report import STYLE, curve
 
@@ -34,6 +35,19 @@ TELLS = {
     "fvd_vlm3d": "mean of groups of four pairs, as the VLM3D challenge",
     "fid_3d_of_training_volumes": "unseen against training volumes: what real against real comes to",
     "kid_3d_of_training_volumes": "likewise",
+    **{f"{kind}_{mean}_{side}": f"{told}, {how}, on {side} volumes" for side in ("real", "generated")
+       for kind, told in (("auc", "the judge's AUC"), ("precision", "its precision at probability 0.5"))
+       for mean, how in (("macro", "mean of findings"), ("weighted", "weighed by cases"))},
+    "calibration_error_real": "of the judge's probabilities, on real volumes",
+    "calibration_error_generated": "likewise, on generated volumes",
+    **{f"map_at_{k}": f"findings shared with the {k} nearest other real volumes, Jaccard index" for k in RANKS},
+    **{f"map_at_{k}_with_itself": "where a volume finds itself too: as CT-CLIP's script" for k in RANKS},
+    **{f"map_at_{k}_generated_to_real": f"of a generated volume with the {k} nearest real ones" for k in RANKS},
+    **{f"report_to_volume_r{k}": f"reports whose real volume is among the {k} nearest; chance {k}/n" for k in RANKS},
+    **{f"report_to_generated_r{k}": f"whose generated volume is; chance {k}/n" for k in RANKS},
+    **{f"nearest_{space}_{side}": f"{side} volumes' distance to the nearest training volume, mean, {unit}"
+       for space, unit in (("embedding", "root mean square"), ("pixel", "root mean square HU"))
+       for side in ("generated", "unseen")},
     "auc_macro_generated_minus_real": "below 0: findings are lost",
     "zero_shot_auc": "real volumes, \"X is present.\" against \"X is not present.\"",
     "zero_shot_auc_generated": "generated volumes",

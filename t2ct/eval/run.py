@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from t2ct import __version__
 from t2ct.checks import find_device
 from t2ct.eval import tables as tb
-from t2ct.eval.bench import FULL, QUICK, Bench, System
+from t2ct.eval.bench import FULL, QUICK, Bench, Settings, System
 from t2ct.eval.look import Backbone, Clip, Look, open_clip, open_judge
 from t2ct.eval.make import Maker
 from t2ct.eval.metrics.estimate import Estimate
@@ -33,6 +33,7 @@ def evaluate(
     data: str | Path = DATA,
     quick: bool = False,
     judge: str | Path | None = None,
+    clip: str | Path | None = None,
     backbones: Sequence[str] = (),
     tables: Sequence[str] = tb.TABLES,
     without_contrastive: Any = None,
@@ -53,6 +54,7 @@ def evaluate(
     data      "phantoms:N", or a folder with manifest.csv or shaped as CT-RATE (`t2ct.eval.sets.open_sets`)
     quick     few volumes, few steps: minutes on a CPU
     judge     a judge's file, folder or run; default: that in the model's folder
+    clip      a CLIP3D with both towers, for alignment: a run or folder; default: the model's, if it has both
     backbones "PATH:factory": networks whose features the distances use instead of the judge's (`Backbone`)
     tables    some of fidelity, factual, alignment, ablation, utility, memorisation
     without_contrastive  a second model, whose text tower was not trained contrastively, for the ablation
@@ -63,11 +65,11 @@ def evaluate(
     Returns the content of results.json. Everything is checked before long work starts: FileNotFoundError, ValueError,
     FileExistsError name what was wanted and what came.
     """
-    bench = _bench(
-        out, {"made": model, **({"without contrastive": without_contrastive} if without_contrastive else {})},
-        data=data, quick=quick, judge=judge, backbones=backbones, tables=tables, steps=steps, guidance=guidance,
-        count=count, relearn=relearn, batch=batch, device=device, resume=resume, quiet=quiet,
-    )  # fmt: skip
+    models = {"made": model, **({"without contrastive": without_contrastive} if without_contrastive else {})}
+    options = Options(
+        str(data), judge, clip, tuple(backbones), tuple(tables), steps, guidance, count, batch, device, resume, quiet
+    )
+    bench = _bench(out, models, options, replace(QUICK if quick else FULL, relearnt=relearn))
     system = bench.systems[0]
     if not quiet:
         print(f"evaluation of {system.told} by {bench.count} reports of {data}")
@@ -88,6 +90,7 @@ def compare(
     data: str | Path | None = None,
     quick: bool = False,
     judge: str | Path | None = None,
+    clip: str | Path | None = None,
     backbones: Sequence[str] = (),
     tables: Sequence[str] = ("fidelity", "factual", "alignment", "utility", "memorisation"),
     steps: int | None = None,
@@ -108,10 +111,11 @@ def compare(
         from t2ct.eval.folders import compare_folders
 
         return compare_folders(a, b, out, judge=judge, backbones=backbones, device=device, resume=resume, quiet=quiet)
-    bench = _bench(
-        out, {"a": a, "b": b}, data=data or DATA, quick=quick, judge=judge, backbones=backbones, tables=tables,
-        steps=steps, guidance=guidance, count=count, relearn=0, batch=batch, device=device, resume=resume, quiet=quiet,
+    options = Options(
+        str(data or DATA), judge, clip, tuple(backbones), tuple(tables), steps, guidance, count, batch, device, resume,
+        quiet,
     )  # fmt: skip
+    bench = _bench(out, {"a": a, "b": b}, options, QUICK if quick else FULL)
     first, second = bench.systems
     if not quiet:
         print(f"{first.told} and {second.told} by {bench.count} reports of {data or DATA}")
@@ -136,32 +140,45 @@ def differences(bench: Bench, real: Seen, first: System, second: System) -> dict
     return found
 
 
-def _bench(
-    out: str | Path, models: dict[str, Any], *, data: str | Path, quick: bool, judge: Any, backbones: Sequence[str],
-    tables: Sequence[str], steps: int | None, guidance: float | None, count: int | None, relearn: int,
-    batch: int | None, device: str | None, resume: bool, quiet: bool,
-) -> Bench:  # fmt: skip
+@dataclass(frozen=True)
+class Options:
+    """What `evaluate` and `compare` are both told."""
+
+    data: str
+    judge: Any
+    clip: Any
+    backbones: tuple[str, ...]
+    tables: tuple[str, ...]
+    steps: int | None
+    guidance: float | None
+    count: int | None
+    batch: int | None
+    device: str | None
+    resume: bool
+    quiet: bool
+
+
+def _bench(out: str | Path, models: dict[str, Any], o: Options, settings: Settings) -> Bench:
     """Open and check everything."""
-    wrong = [name for name in tables if name not in tb.TABLES]
-    if wrong or not tables:
-        raise ValueError(f"tables: wanted some of {', '.join(tb.TABLES)}, got {', '.join(tables) or 'none'}")
-    where = find_device(device)
-    settings = replace(QUICK if quick else FULL, relearnt=relearn)
-    given: dict[str, Any] = {"steps": steps, "guidance": guidance, "count": count}
+    wrong = [name for name in o.tables if name not in tb.TABLES]
+    if wrong or not o.tables:
+        raise ValueError(f"tables: wanted some of {', '.join(tb.TABLES)}, got {', '.join(o.tables) or 'none'}")
+    where = find_device(o.device)
+    given: dict[str, Any] = {"steps": o.steps, "guidance": o.guidance, "count": o.count}
     settings = replace(settings, **{k: v for k, v in given.items() if v is not None})
+    models = {name: _final(model) for name, model in models.items()}
+    folder = next((m for m in models.values() if not _is_volumes(m) and not hasattr(m, "vae")), None)
+    own, judge_hash = open_judge(o.judge, folder, where)
     opened = {name: _open_model(model, where) for name, model in models.items()}
     pipes = [pipe for pipe in opened.values() if not isinstance(pipe, Path)]
-    folder = next((m for m in models.values() if not _is_volumes(m) and not hasattr(m, "vae")), None)
-    own, judge_hash = open_judge(judge, folder, where)
     size = tuple(pipes[0].size) if pipes else None
-    volumes = {name: open_volumes(path, size) for name, path in opened.items() if isinstance(path, Path)}
+    volumes: dict[str, Any] = {n: open_volumes(path, size) for n, path in opened.items() if isinstance(path, Path)}
     size = size or next(iter(volumes.values())).size
     if any(tuple(pipe.size) != size for pipe in pipes):
         raise ValueError(f"models: wanted volumes of one size, got {' and '.join(str(pipe.size) for pipe in pipes)}")
-    nets = [Backbone(spec, size, where) for spec in backbones]
-    clip = open_clip(folder, where) if "alignment" in tables else "alignment was not asked for"
-    reasons = {"alignment": clip} if isinstance(clip, str) else {}
-    sets = open_sets(data, size, settings.count, settings.known)
+    nets = [Backbone(spec, size, where) for spec in o.backbones]
+    eyes = open_clip(folder, o.clip, where) if "alignment" in o.tables else "it was not asked for"
+    sets = open_sets(o.data, size, settings.count, settings.known)
     _match(sets, volumes)
     prompts = [sets.test.entries[i].texts[0] for i in range(len(sets.test))]
     systems = []
@@ -171,13 +188,14 @@ def _bench(
         else:
             told = one.name if len(opened) == 1 else f"{one.name} ({name})"
             facts = {"model": one.name, "weights": one.weights_hash}
-            systems.append(System(name.replace(" ", "-"), told, Maker(one, prompts, batch), None, facts))
-    look = Look(own, clip if isinstance(clip, Clip) else None, nets, where)
+            systems.append(System(name.replace(" ", "-"), told, Maker(one, prompts, o.batch), None, facts))
+    look = Look(own, eyes if isinstance(eyes, Clip) else None, nets, where)
     facts = {
-        "format": FORMAT, "data": str(data), "judge": judge_hash, "clip": clip.hash if isinstance(clip, Clip) else None,
+        "format": FORMAT, "data": o.data, "judge": judge_hash, "clip": eyes.hash if isinstance(eyes, Clip) else None,
         "backbones": [net.hash for net in nets],
     }  # fmt: skip
-    return Bench(out, sets, systems, look, settings, tables, facts, reasons, resume, quiet)
+    reasons = {"alignment": eyes} if isinstance(eyes, str) else {}
+    return Bench(out, sets, systems, look, settings, o.tables, facts, reasons, o.resume, o.quiet)
 
 
 def _match(sets: Sets, volumes: dict[str, Any]) -> None:
@@ -206,7 +224,14 @@ def _open_model(model: Any, device: Any) -> Any:
     return T2CTPipeline.from_pretrained(model, device=device)
 
 
+def _final(model: Any) -> Any:
+    """Of a run the weights that it left."""
+    left = isinstance(model, (str, Path)) and (Path(model) / "final/config.json").is_file()
+    return Path(model) / "final" if left else model
+
+
 def _is_volumes(model: Any) -> bool:
+    model = _final(model)
     return isinstance(model, (str, Path)) and Path(model).is_dir() and not (Path(model) / "config.json").is_file()
 
 
