@@ -116,6 +116,12 @@ PYBIND11_MODULE(_C, m) {
           t2ct::upsample_backward(grid(g), at<void>(dy), at<void>(dx), threads, isa);
         },
         release(), "The gradient of upsample with every plane; shape: dx's.");
+  m.def("smooth",
+        [grid](Grid g, address before, address x, address y, int threads, int isa) {
+          t2ct::smooth(grid(g), at<void>(before), at<void>(x), at<void>(y), threads, isa);
+        },
+        release(), "From cells of 2 x 2 x 2 voxels, the first plane of them at `before` or 0, to the voxels between, "
+        "weighted 1/4, 1/2, 1/4 along every axis. shape: (1, X, Y, Z, channels, bfloat16), in cells.");
 
   using Tiles = std::tuple<int, int64_t, int, int>;
   auto merge_args = [](const Tiles& s, address mean, address m2, address count, double eps, address out_mean,

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from memory import peak_bytes
 
 from t2ct.models.layers import Conv
-from t2ct.ops import conv, conv3d, conv_cpu, upsample_conv3d, use_backend
+from t2ct.ops import conv, conv3d, conv_cpu, smooth_conv, upsample, upsample_conv, upsample_conv3d, use_backend
 from t2ct.ops.dispatch import native
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -146,10 +147,10 @@ def test_folded_upsampling_matches_float64(size, memory_format, dtype):
     x = x.contiguous(memory_format=memory_format)
     exact = doubled(x.double(), w.double(), b.double())
     bound = 2 * error(doubled(x, w, b), exact) + SLACK[dtype]
-    y = conv._folded(x, w, b)
+    y = upsample_conv._folded(x, w, b)
     assert y.is_contiguous(memory_format=memory_format) and y.dtype == dtype
     assert error(y, exact) <= bound
-    assert error(conv._folded(x, w, None), doubled(x.double(), w.double(), None)) <= 1.2 * bound
+    assert error(upsample_conv._folded(x, w, None), doubled(x.double(), w.double(), None)) <= 1.2 * bound
 
 
 def test_folding_is_for_inference():
@@ -223,3 +224,64 @@ def test_no_silent_fallback():
         x, w, b = make((1, 5, 2, 2, 2), 4, torch.bfloat16)
         with torch.no_grad(), use_backend("cpu"), pytest.raises(RuntimeError, match="bfloat16 wants"):
             conv3d(x, w, b)
+
+
+# C, O, (X, Y, Z), planes of a tile: odd and thin sizes, tiles that end short, one tile
+SMOOTH = ((16, 16, (2, 3, 4), 2), (6, 32, (6, 7, 3), 4), (32, 16, (9, 4, 5), 4), (48, 48, (5, 2, 2), 10))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("c,o,size,planes", SMOOTH, ids=str)
+def test_smoothed_doubling_matches_float64(isa, c, o, size, planes, dtype):
+    """Faces, edges and corners included, where bfloat16 is rounded once more; tiles have the bits of the whole."""
+    x, w, b = make((1, c, *size), o, dtype)
+    for bias in (b, None):
+        exact = F.interpolate(x.double(), scale_factor=2.0, mode="trilinear")
+        exact = F.conv3d(exact, w.double(), None if bias is None else bias.double(), padding=1)
+        with torch.no_grad():
+            bound = 2 * error(conv3d(upsample(x, "trilinear"), w, bias), exact) + SLACK[dtype] / 10
+            y = smooth_conv.whole(x, w, bias)
+            parts, before, folded = [], None, smooth_conv.prepare(w, bias)
+            for start in range(0, 2 * size[0], planes):
+                stop = min(start + planes, 2 * size[0])
+                first, last = smooth_conv.sources(start, stop, size[0])
+                part, before = smooth_conv.tile(folded, x[:, :, first:last], start, stop, size[0], before)
+                parts.append(part)
+        assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last_3d)
+        assert error(y, exact) <= bound
+        if c % 16 == 0:  # else oneDNN takes another kernel for another size
+            assert torch.equal(torch.cat(parts, 2), y)
+
+
+def test_smoothed_doubling_is_for_inference_and_many_voxels(monkeypatch):
+    if native() is None:
+        pytest.skip("the compiled extension is not there")
+    ran = []
+    monkeypatch.setattr(smooth_conv, "whole", lambda *args, f=smooth_conv.whole: ran.append(1) or f(*args))
+    x, w, b = make((2, 16, 12, 12, 12), 16, torch.float32)
+    with torch.no_grad():
+        y = upsample_conv3d(x, w, b, "trilinear")
+        assert len(ran) == 2  # a sample at a time
+        assert error(y, F.conv3d(upsample(x, "trilinear").double(), w.double(), b.double(), padding=1)) <= 1e-6
+        upsample_conv3d(x[:, :, :4, :4, :4].contiguous(memory_format=torch.channels_last_3d), w, b, "trilinear")
+        upsample_conv3d(x, w[:15], b[:15], "trilinear")
+        upsample_conv3d(x.contiguous(), w, b, "trilinear")
+        with use_backend("reference"):
+            upsample_conv3d(x, w, b, "trilinear")
+    assert upsample_conv3d(x, w.requires_grad_(), b, "trilinear").requires_grad
+    assert len(ran) == 2
+
+
+def test_the_work_of_a_smoothed_tile_is_an_upper_bound():
+    """Counted by torch's allocator, and not by far: within a third for tiles of the published decoder's width."""
+    c, size, planes = 128, (8, 16, 16), 4
+    x, w, b = make((1, c, *size), c, torch.float32)
+    with torch.no_grad():
+        folded, window = smooth_conv.prepare(w, b), torch.empty(smooth_conv.window_shape(planes, size, c))
+        (y, cells), _ = peak_bytes(lambda: smooth_conv.tile(folded, x[:, :, :3], 0, planes, size[0], None, window))
+        low = x[:, :, 1:5]
+        _, seen = peak_bytes(lambda: smooth_conv.tile(folded, low, planes, 2 * planes, size[0], cells, window))
+    work = smooth_conv.work(planes, size, c, c, 4)
+    assert work.kept == folded.cells.nbytes + cells.nbytes
+    assert seen <= work.made + y.nbytes <= 1.34 * seen
+    assert smooth_conv.flops(size, c, c) / (2 * 27 * 8 * c * c * 8 * 16 * 16) == pytest.approx(smooth_conv.cost(size))

@@ -260,5 +260,5 @@ def test_published_decoder_in_gigabytes(monkeypatch):
     again = stream.plan_for(nodes, shape, torch.bfloat16, "cpu", "2GB")
     assert again.peak <= 2e9 and 1 < again.work < 4 and again.spool == 0
     whole = stream.plan_for(nodes, shape, torch.bfloat16, "cpu", "40GB")
-    assert whole.work == 1 and whole.spool == 0 and whole.flops == pytest.approx(109e12, rel=0.01)
+    assert whole.work == 1 and whole.spool == 0 and whole.flops == pytest.approx(78e12, rel=0.01)
     assert "decoder.blocks.7.conv2" in plan.table() and "at most" in plan.table()

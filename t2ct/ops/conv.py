@@ -1,4 +1,4 @@
-"""conv3d and upsample_conv3d on x of shape (N, C, X, Y, Z).
+"""conv3d on x of shape (N, C, X, Y, Z).
 
 Triton's forms have gradients and run where they are forced or, once measured, preferred. The other fast forms are for
 inference on a CPU; gradients, compilation, autocast and shapes that they do not serve are torch's own convolution. A
@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from t2ct.ops import conv_autograd, conv_cpu
-from t2ct.ops.dispatch import Table, candidates, choose, forced, is_channels_last, refusal, watched
-from t2ct.ops.resample import upsample
+from t2ct.ops.dispatch import Table, candidates, choose, forced, refusal, watched
 
 # csrc reads a convolution's weights once where oneDNN, which reorders them, moves them three times; that pays where
 # there are many weights and few voxels (benchmarks/bench_conv.py).
@@ -24,45 +23,18 @@ MANY_WEIGHTS = 400_000
 TORCH_SMALL = 20480
 MKLDNN = torch.backends.mkldnn.is_available()
 Padding = int | tuple[int, int, int]
-# Folding makes 64 weights of 27, each time anew: not worth it for few voxels.
-FOLD_VOXELS = 1024
 
 
 def _reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.conv3d(x, weight, bias, padding=1)
 
 
-def _doubled(x: Tensor, weight: Tensor, bias: Tensor | None, mode: str = "nearest") -> Tensor:
-    return conv3d(upsample(x, mode), weight, bias)
-
-
-def _folded(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Phase a of an axis: y[2i + a] = w[a][0] x[i - 1 + a] + w[a][1] x[i + a]. One convolution of 2x2x2 taps with
-    padding 1 computes all phases at every i from 0 to X; phase a is its part from a on."""
-    o, channels = weight.shape[:2]
-    w = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    for axis in (2, 4, 6):  # after each turn the axis is (phase, tap)
-        first, middle, last = w.unbind(axis)
-        w = torch.stack((torch.stack((first, middle + last), axis), torch.stack((first + middle, last), axis)), axis)
-    w = w.permute(2, 4, 6, 0, 1, 3, 5, 7).reshape(8 * o, channels, 2, 2, 2).to(weight.dtype)
-    phases = F.conv3d(x, w, None if bias is None else bias.repeat(8), padding=1)
-    like = torch.channels_last_3d if is_channels_last(x) else torch.contiguous_format
-    y = torch.empty(len(x), o, *(2 * n for n in x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=like)
-    for p in range(8):
-        a, b, c = p >> 2, p >> 1 & 1, p & 1
-        part = (slice(k, k + n) for k, n in zip((a, b, c), x.shape[2:], strict=True))
-        y[:, :, a::2, b::2, c::2] = phases[:, p * o : (p + 1) * o][(slice(None), slice(None), *part)]
-    return y
-
-
 CONV: Table = {"triton": conv_autograd.conv3d, "cpu": conv_cpu.conv3d, "reference": _reference}
-UPSAMPLE: Table = {"triton": conv_autograd.upsample_conv3d, "cpu": _folded, "reference": _doubled}
-TABLES = {"conv3d": CONV, "upsample_conv3d": UPSAMPLE}
+TABLES = {"conv3d": CONV}
 NOTES = {  # for explain(); {what} is what runs
     ("conv3d", "cpu"): "{what}: 3x3x3 without gradient, at most "
     f"{conv_cpu.fast_voxels()} voxels and at least {MANY_WEIGHTS:,} weights, or at most {conv_cpu.NARROW} outputs; "
     "else torch's",
-    ("upsample_conv3d", "cpu"): f"folded: without gradient, from {FOLD_VOXELS} voxels on; else doubled, then conv3d",
 }
 
 
@@ -79,13 +51,13 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 
                  backend that cannot run.
     """
     check("conv3d", x, weight, bias, residual, channel_bias, stride, padding)
-    if _perhaps_triton(x):
+    if perhaps_triton(x):
         x, weight, bias, residual, channel_bias = autocast(x, weight, bias, residual, channel_bias)
         if by_triton("conv3d", x, weight, stride):
             if isinstance(padding, int):
                 return conv_autograd.conv3d(x, weight, bias, residual, channel_bias, stride, padding)
             return _cropped(x, weight, bias, residual, channel_bias, stride, padding)
-    y = _conv3d(x, weight, bias, stride, padding)
+    y = convolve(x, weight, bias, stride, padding)
     if channel_bias is not None:
         y += channel_bias[:, :, None, None, None]  # in place: no gradient needs a convolution's output
     if residual is not None:
@@ -104,11 +76,11 @@ def _cropped(x, weight, bias, residual, channel_bias, stride, padding):
     return y if residual is None else y + residual
 
 
-def _conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: Padding) -> Tensor:
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: Padding) -> Tensor:
     pads = (padding,) * 3 if isinstance(padding, int) else padding
     if _narrow(x, weight, bias, stride, pads):
         return conv_cpu.narrow(x, weight, bias, pads)
-    if _inference(x, weight, bias) and tuple(weight.shape[2:]) == (3, 3, 3) and (stride, padding) == (1, 1):
+    if inference(x, weight, bias) and tuple(weight.shape[2:]) == (3, 3, 3) and (stride, padding) == (1, 1):
         voxels = x.shape[0] * x.shape[2:].numel()
         pays = voxels <= conv_cpu.fast_voxels() and weight.numel() >= MANY_WEIGHTS and weight.is_contiguous()
         if forced() == "cpu" or (forced() not in CONV and pays and conv_cpu.refusal(x) is None):
@@ -121,7 +93,7 @@ def _conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding
 def _narrow(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, pads: tuple[int, int, int]) -> bool:
     """Few outputs without gradient on a CPU, and no other backend forced."""
     few = len(weight) <= conv_cpu.NARROW and tuple(weight.shape[2:]) == (3, 3, 3) and stride == 1
-    if not few or forced() in CONV.keys() - {"cpu"} or not _inference(x, weight, bias):
+    if not few or forced() in CONV.keys() - {"cpu"} or not inference(x, weight, bias):
         return False
     return conv_cpu.narrow_refusal(x, pads) is None
 
@@ -137,35 +109,6 @@ def _onednn(x: Tensor, weight: Tensor) -> bool:
     return bool(small and not few and weight.dtype == x.dtype and torch.backends.mkldnn.enabled and MKLDNN)
 
 
-def upsample_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, mode: str = "nearest") -> Tensor:
-    """Doubling of every axis, then a 3x3x3 convolution with padding 1; differentiable.
-
-    x       (N, C, X, Y, Z), floating, any memory format
-    weight  (O, C, 3, 3, 3); bias (O,) or None; both in x's dtype and on its device
-    mode    "nearest" or "trilinear" (align_corners=False)
-    Returns (N, O, 2X, 2Y, 2Z) in x's dtype, in the memory format that the form which ran gives it.
-    Raises  ValueError for other shapes, devices and modes; RuntimeError as `conv3d`.
-
-    Folded, each of the eight phases of the result sees x under sums of the 27 weights, and the doubled volume is never
-    written: nearest takes 8 multiplications instead of 27, trilinear 27 as before.
-    """
-    check("upsample_conv3d", x, weight, bias)
-    if tuple(weight.shape[2:]) != (3, 3, 3):
-        raise ValueError(f"upsample_conv3d: weight must be (O, C, 3, 3, 3), got {tuple(weight.shape)}")
-    if mode not in ("nearest", "trilinear"):
-        raise ValueError(f'upsample_conv3d: mode must be "nearest" or "trilinear", got {mode!r}')
-    if _perhaps_triton(x):
-        x, weight, bias = autocast(x, weight, bias)
-        if by_triton("upsample_conv3d", x, weight):
-            return conv_autograd.upsample_conv3d(x, weight, bias, mode)
-    if mode == "nearest" and _inference(x, weight, bias) and x.device.type == "cpu":
-        if forced() == "cpu":
-            return choose("upsample_conv3d", UPSAMPLE, x)[1](x, weight, bias)
-        if forced() not in UPSAMPLE and x.shape[2:].numel() >= FOLD_VOXELS:
-            return _folded(x, weight, bias)
-    return _doubled(x, weight, bias, mode)
-
-
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The tensors in the dtype of the autocast region, where there is one: as torch casts for its own convolutions."""
     kind = next(t.device.type for t in tensors if t is not None)
@@ -175,7 +118,7 @@ def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(None if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
-def _perhaps_triton(x: Tensor) -> bool:
+def perhaps_triton(x: Tensor) -> bool:
     return x.device.type == "cuda" or forced() == "triton"
 
 
@@ -191,7 +134,7 @@ def by_triton(op: str, x: Tensor, weight: Tensor, stride: int = 1) -> bool:
     return reason is None
 
 
-def _inference(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def inference(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Plain tensors of one dtype, which nothing watches and no gradient wants."""
     tensors = [x, weight] if bias is None else [x, weight, bias]
     if any(watched(t) or t.dtype != x.dtype or t.is_neg() for t in tensors):

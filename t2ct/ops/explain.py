@@ -4,13 +4,14 @@ import torch
 
 from t2ct.kernels import block_plan
 from t2ct.kernels.chips import CHIPS
-from t2ct.ops import conv, merge, norm, norm_cpu, resample
+from t2ct.ops import conv, merge, norm, norm_cpu, resample, upsample_conv
 from t2ct.ops.attention import TABLES as ATTENTION
 from t2ct.ops.attention import why_not_attention
 from t2ct.ops.dispatch import UNPROVEN, candidates, forced, native, why_not
 
 PLANNED_SIZES, PLANNED_WIDTHS = ((16, 16, 4), (128, 128, 32), (512, 512, 128)), (64, 128, 256, 512)
-TABLES = {**norm.TABLES, **conv.TABLES, **merge.TABLES, **resample.TABLES, **ATTENTION}
+TABLES = {**norm.TABLES, **conv.TABLES, **upsample_conv.TABLES, **merge.TABLES, **resample.TABLES, **ATTENTION}
+NOTES = {**conv.NOTES, **upsample_conv.NOTES}
 
 
 def explain_rows(device: str | torch.device | None = None) -> list[tuple[str, str, str, str]]:
@@ -29,7 +30,7 @@ def _why(op, table, device):
         if reason is None:
             if device == "cpu" and backend != "reference":  # that GPU backends want a GPU is no news
                 refused = [r for r in refused if "forced" in r]
-            return backend, "; ".join(refused) or conv.NOTES.get((op, backend), "{what}").format(what=_what(backend))
+            return backend, "; ".join(refused) or NOTES.get((op, backend), "{what}").format(what=_what(backend))
         refused.append(f"{backend}: {reason}")
     return "none", "; ".join(refused)
 

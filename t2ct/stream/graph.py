@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from t2ct.ops import smooth_conv
+
 Size = tuple[int, int, int]
 
 # Numbers that a tile, a run of whole planes, reads or writes: so many that a convolution's call costs nothing beside
@@ -53,8 +55,8 @@ def padded(channels: int) -> int:
 @dataclass(frozen=True)
 class Costs:
     """Bytes of a node whole, of one tile, of its tiles' statistics, of its weights, of these as a library blocks them,
-    of the window that a tile convolves, of what plain torch makes on the way, of the buffers for reading its source and
-    its residual from a spool; operations of its convolutions."""
+    of the window that a tile convolves, of what is made on the way to a tile, of what is kept from tile to tile, of the
+    buffers for reading its source and its residual from a spool; operations of its convolutions."""
 
     bytes: int
     tile: int
@@ -63,7 +65,8 @@ class Costs:
     reordered: int
     window: int
     flops: int
-    generic: int
+    made: int
+    kept: int
     read_source: int
     read_residual: int
 
@@ -144,19 +147,27 @@ class Graph:
         node, normed = self.nodes[n], self.normed[n]
         whole = x * self.plane(n)
         if n == 0:
-            return Costs(whole, *[0] * 9)
+            return Costs(whole, *[0] * 10)
         taps = node.kernel**3 * self.nodes[node.source].channels
         shortcut = self.nodes[node.residual].channels if node.shortcut and node.residual is not None else 0
         window = self.window_shape(n) or (0, 0, 0, 0)
+        into = self.nodes[node.source].channels
+        weights, reordered = taps * node.channels, node.kernel**3 * padded(into) * padded(node.channels)
+        work, flops = smooth_conv.Work(0, self._generic(n)), 2 * x * y * z * node.channels * taps
+        if self.smooth(n):
+            source, weights, reordered = self.sizes[node.source], 0, 0  # the form has its own
+            work = smooth_conv.work(self.thickest(n), source, into, node.channels, self.itemsize)
+            flops = smooth_conv.flops(source, into, node.channels)
         return Costs(
             bytes=whole,
             tile=self.thickest(n) * self.plane(n),
             statistics=STATISTICS * normed.groups * len(self.tiles(n)) if normed else 0,
-            weights=taps * node.channels * self.itemsize,
-            reordered=node.kernel**3 * padded(self.nodes[node.source].channels) * padded(node.channels) * self.itemsize,
+            weights=weights * self.itemsize,
+            reordered=reordered * self.itemsize,
             window=window[0] * window[1] * window[2] * window[3] * self.itemsize,
-            flops=2 * x * y * z * node.channels * (taps + shortcut),
-            generic=self._generic(n),
+            flops=flops + 2 * x * y * z * node.channels * shortcut,
+            made=work.made,
+            kept=work.kept,
             read_source=self._read_source(n),
             read_residual=0 if node.residual is None else self.thickest(n) * self.plane(node.residual),
         )
@@ -179,6 +190,16 @@ class Graph:
             planes = 0
         return min(planes, self.sizes[node.source][0]) * self.plane(node.source)
 
+    def smooth(self, n: int) -> bool:
+        """Is node n's doubling folded with its convolution (`t2ct.ops.smooth_conv`)?"""
+        node = self.nodes[n]
+        return (
+            node.resample == "up"
+            and self.device == "cpu"
+            and not self.generic
+            and smooth_conv.serves(node.channels, self.sizes[node.source])
+        )
+
     def single(self, n: int) -> bool:
         """Is node n's volume one tile?"""
         return self.tile(n) >= self.sizes[n][0]
@@ -190,6 +211,8 @@ class Graph:
         """
         node, planes = self.nodes[n], self.thickest(n)
         (_, y, z), c = self.sizes[node.source], self.nodes[node.source].channels
+        if self.smooth(n):
+            return smooth_conv.window_shape(planes, self.sizes[node.source], c)
         if node.resample == "down":
             return 2 * planes + 1, y + 1, z + 1, c
         halo = 0 if self.single(n) else 2

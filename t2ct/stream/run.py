@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from t2ct import ops
+from t2ct.ops import smooth_conv
 from t2ct.ops.dispatch import channels_last
 from t2ct.stream.plan import Plan
 from t2ct.stream.simulate import HELD, OUTPUT, SPOOL, Pass, aligned
@@ -151,9 +152,13 @@ class Tiles:
             self.window[:, -1].zero_()  # the plane after the end of each axis
             self.window[:, :, -1].zero_()
         self.weight, self.bias = self._weights(self.node.name)
+        self.folded = smooth_conv.prepare(self.weight, self.bias) if self.graph.smooth(n) else None
+        self.cells: Tensor | None = None  # of the tile before, where the doubling is folded
 
     def __next__(self) -> Tensor:
         start, stop = next(self.ranges)
+        if self.folded is not None:
+            return self._folded(start, stop)
         read = {"": self._same, "up": self._same, "down": self._down}[self.node.resample]
         x, padding = read(start, stop)
         stride = 2 if self.node.resample == "down" else 1
@@ -169,6 +174,13 @@ class Tiles:
                 else:
                     part += piece
         return y
+
+    def _folded(self, start: int, stop: int) -> Tensor:
+        planes = self.graph.sizes[self.node.source][0]
+        low = volume(self.view(self.node.source, *smooth_conv.sources(start, stop, planes)))
+        assert self.folded is not None
+        y, self.cells = smooth_conv.tile(self.folded, low, start, stop, planes, self.cells, self.window)
+        return planes_of(y)
 
     def _weights(self, name: str) -> tuple[Tensor, Tensor]:
         return self.run.parameters[name + ".weight"], self.run.parameters[name + ".bias"]

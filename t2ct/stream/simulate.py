@@ -93,14 +93,20 @@ def chain_of(graph: Graph, place: Sequence[str], n: int) -> tuple[int, ...]:
 
 
 def _outside(graph: Graph, runs: Sequence[int]) -> int:
-    """Bytes of the tiles that convolutions return, of the last node one, of recomputed ones all that are held; and of a
-    convolution's weights, channels-last and once more as the library wants them."""
-    tiles = 0
-    for r in runs:
-        cost = graph.costs[r]
-        tiles += cost.tile * ((1 if r == runs[-1] else HELD) + bool(graph.nodes[r].shortcut)) + cost.statistics
-    costs = [graph.costs[r] for r in runs]
-    return tiles + max(cost.weights + cost.reordered + cost.generic for cost in costs) + WORKSPACE
+    """Bytes beside the arena: the tiles that convolutions return, of recomputed nodes all that are held; what is kept
+    from tile to tile; and of the convolution that takes most its weights, channels-last and once more as the library
+    wants them, and what it makes on the way."""
+    *chain, n = runs
+    costs = graph.costs
+    held = sum(costs[r].kept + costs[r].statistics for r in runs) + sum(HELD * costs[r].tile for r in chain)
+    own = costs[n].tile * (1 + bool(graph.nodes[n].shortcut))
+    meanwhile = own if graph.nodes[n].residual in chain else 0  # what is read into the window is there before the tile
+
+    def making(r: int) -> int:
+        tiles = own if r == n else meanwhile + costs[r].tile * bool(graph.nodes[r].shortcut)
+        return tiles + costs[r].weights + costs[r].reordered + costs[r].made
+
+    return held + max(map(making, runs)) + WORKSPACE
 
 
 def simulate(graph: Graph, place: Sequence[str], nodes: range) -> Simulation:

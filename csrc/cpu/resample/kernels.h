@@ -211,9 +211,17 @@ void weigh(const float* const* sums, void* result, int64_t count) {
     store(dx + j, weighted(load(a + j, n), load(b + j, n), load(c + j, n), load(d + j, n)), n);
 }
 
+}  // namespace
+}  // namespace t2ct
+
+#include "smooth_kernels.h"
+
+namespace t2ct {
+namespace {
+
 template <typename T>
 constexpr ResampleKernels table() {
-  return {between<T>, gather<T>, weigh<T>};
+  return {between<T>, gather<T>, weigh<T>, add_rows<T>, blur<T>};
 }
 
 }  // namespace

@@ -14,6 +14,7 @@ namespace {
 constexpr int64_t STREAM_BYTES = 16 << 20;
 constexpr int64_t LINE = 64;
 constexpr int64_t ROWS = 8;  // of dx, a gradient's unit of work: two rows of sums are shared with the next unit
+constexpr int64_t SMOOTH_ROWS = 32;  // of y, the same for smoothing
 
 const ResampleKernels& find_kernels(const ResampleShape& s, int isa) {
 #ifdef T2CT_X86
@@ -86,6 +87,36 @@ void upsample_backward(const ResampleShape& s, const void* dy, void* dx, int thr
           const float* four[4] = {sums(line - 3), sums(line - 2), sums(line - 1), sums(line)};
           kernels.weigh(four, static_cast<char*>(dx) + ((n * s.X + i) * s.Y + j) * row, s.Z * s.C);
         }
+      }
+    }
+  }
+}
+
+void smooth(const ResampleShape& s, const void* before, const void* x, void* y, int threads, int isa) {
+  const ResampleKernels& kernels = find_kernels(s, isa);
+  const int64_t size = s.bfloat16 ? 2 : 4, cell = 8 * s.C, row = s.Z * cell * size;
+  const int64_t planes = 2 * s.X - 2, lines = 2 * s.Y - 2, voxels = 2 * s.Z - 2;
+  const int64_t blocks = (lines + SMOOTH_ROWS - 1) / SMOOTH_ROWS, units = planes * blocks;
+  threads = worthwhile(threads, units, planes * lines * voxels * s.C);
+  const auto at = [&](int64_t plane, int64_t line) {  // of voxels
+    const int64_t i = plane / 2 - (before != nullptr);
+    const char* start = static_cast<const char*>(i < 0 ? before : x) + (i < 0 ? 0 : i) * s.Y * row;
+    return start + line / 2 * row + (plane % 2 * 4 + line % 2 * 2) * s.C * size;
+  };
+
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    std::vector<float> ring(3 * 2 * s.Z * s.C);
+    const auto sums = [&](int64_t line) { return ring.data() + line % 3 * 2 * s.Z * s.C; };
+#pragma omp for schedule(static)
+    for (int64_t unit = 0; unit < units; ++unit) {  // X fastest: the next unit finds two of its planes in the cache
+      const int64_t k = unit % planes, first = unit / planes * SMOOTH_ROWS, last = std::min(first + SMOOTH_ROWS, lines);
+      for (int64_t line = first; line < last + 2; ++line) {
+        const void* rows[3] = {at(k, line), at(k + 1, line), at(k + 2, line)};
+        kernels.add_rows(rows, sums(line), s.Z, s.C, cell);
+        if (line < first + 2) continue;
+        const float* three[3] = {sums(line - 2), sums(line - 1), sums(line)};
+        kernels.blur(three, static_cast<char*>(y) + (k * lines + line - 2) * voxels * s.C * size, voxels, s.C);
       }
     }
   }

@@ -25,6 +25,13 @@ struct ResampleKernels {
 
   // dx = four sums in the order of Y, weighted so along Y; count numbers.
   void (*weigh)(const float* const* sums, void* dx, int64_t count);
+
+  // sums (2 cells, C) = three rows weighted 1, 2, 1; of a row's cells, `stride` numbers apart, the two voxels at hand.
+  void (*add_rows)(const void* const* rows, float* sums, int64_t cells, int64_t C, int64_t stride);
+
+  // out (voxels, C) = three rows of sums weighted 1, 2, 1, weighted so along themselves, over 64. They have two voxels
+  // more than out.
+  void (*blur)(const float* const* sums, void* out, int64_t voxels, int64_t C);
 };
 
 // [0] float32, [1] bfloat16
@@ -56,5 +63,11 @@ void upsample(const ResampleShape& shape, int64_t start, int64_t stop, const voi
 
 // dx in x's shape from dy (n, 2 X, 2 Y, 2 Z, C), gathered: no two threads write to one place.
 void upsample_backward(const ResampleShape& shape, const void* dy, void* dx, int threads, int isa);
+
+// Trilinear doubling is nearest doubling followed by the weights 1/4, 1/2, 1/4 along every axis, and these commute with
+// a convolution: `smooth` is that last step. x: X * Y * Z cells of 2 x 2 x 2 voxels, (X, Y, Z, 2, 2, 2, C), C a multiple
+// of 16; its first plane of cells at `before`, unless that is null. y: (2 X - 2, 2 Y - 2, 2 Z - 2, C), the voxels that have
+// both neighbours along every axis. shape.n is 1.
+void smooth(const ResampleShape& shape, const void* before, const void* x, void* y, int threads, int isa);
 
 }  // namespace t2ct
