@@ -90,6 +90,16 @@ def test_kid_against_its_definition_and_its_expectation():
     assert abs(np.mean(same)) < 4 * np.std(same) / np.sqrt(300)  # unbiased, for 20 samples too
 
 
+def test_distances_are_those_of_torchmetrics():
+    torch, fid = pytest.importorskip("torch"), pytest.importorskip("torchmetrics.image.fid")
+    from torchmetrics.image.kid import poly_mmd
+
+    a, b = rng(5).normal(size=(300, 24)), rng(6).normal(size=(300, 24)) * 1.5 + 0.2
+    moments = [torch.from_numpy(m) for x in (a, b) for m in (x.mean(0), np.cov(x.T))]
+    assert frechet(a, b) == pytest.approx(fid._compute_fid(*moments).item(), rel=1e-9)
+    assert kid(a, b) == pytest.approx(poly_mmd(torch.from_numpy(a), torch.from_numpy(b)).item(), rel=1e-9)
+
+
 def test_slices_are_rows_and_volumes_are_what_is_drawn():
     a, b = rng(0).normal(size=(2, 30, 3, 2, 5))  # 30 volumes, 3 planes, 2 slices, 5 features
     wanted = [frechet(a[:, p].reshape(60, 5), b[:, p].reshape(60, 5)) for p in range(3)]
@@ -129,7 +139,7 @@ def test_auc_of_shuffled_labels_is_chance():
     found, by_cases, each = factual.averaged(factual.aucs, scores, labels)
     assert len(each) == 18 and abs(by_cases.value - 0.5) < 0.03
     assert found.low < 0.5 < found.high and found.value == pytest.approx(0.5, abs=0.02) and found.n == 400
-    assert factual.macro(factual.aucs(scores + 3 * labels, labels), labels) > 0.95
+    assert factual.macro(factual.aucs(scores + 3 * labels, labels)) > 0.95
 
 
 def test_findings_that_are_never_present_are_left_out():
@@ -138,8 +148,23 @@ def test_findings_that_are_never_present_are_left_out():
     assert factual.aucs(scores, labels)[0] == 0.75 and np.isnan(factual.aucs(scores, labels)[1:]).all()
     found = factual.precisions(scores, labels)
     assert found[0] == pytest.approx(2 / 3) and np.isnan(found[1:]).all()
-    assert factual.macro(found, labels) == found[0] == factual.weighted(found, labels)
-    assert np.isnan(factual.macro(found[1:], labels[:, 1:])) and np.isnan(factual.weighted(found[1:], labels[:, 1:]))
+    assert factual.macro(found) == found[0] == factual.weighted(found, labels)
+    assert np.isnan(factual.macro(found[1:])) and np.isnan(factual.weighted(found[1:], labels[:, 1:]))
+
+
+def test_figures_are_those_of_scikit_learn():
+    metrics = pytest.importorskip("sklearn.metrics")
+    y = rng(0).random((200, 5)) < [0.5, 0.3, 0.1, 0.02, 0.7]
+    p = np.clip((0.3 * y + rng(1).random((200, 5))).round(2) / 1.3, 0, 1)  # with ties
+    for name, average in (("macro", factual.macro), ("weighted", lambda values: factual.weighted(values, y))):
+        assert average(factual.aucs(p, y)) == pytest.approx(metrics.roc_auc_score(y, p, average=name), abs=1e-12)
+        wanted = metrics.precision_score(y, p > 0.5, average=name, zero_division=0)
+        assert average(factual.precisions(p, y)) == pytest.approx(wanted, abs=1e-12)
+    model = pytest.importorskip("sklearn.linear_model").LogisticRegression(tol=1e-10, max_iter=1000)
+    x = rng(2).normal(size=(200, 4)) + y[:, :1]
+    s = (x - x.mean(0)) / x.std(0)
+    wanted = model.fit(s, y[:, 0]).decision_function(s)
+    assert utility.probe(x, y[:, :1], x)[:, 0] == pytest.approx(wanted, abs=1e-5)
 
 
 def test_weighted_means_weigh_by_the_positives():
@@ -190,7 +215,7 @@ def test_zero_shot_and_clip_scores():
     present = unit(rng(1).normal(size=(4, 64)))
     volumes = unit(labels @ present + 0.01 * rng(2).normal(size=(300, 64)))
     scores = alignment.zero_shot_scores(volumes, present, np.zeros_like(present))
-    assert factual.macro(factual.aucs(scores, labels), labels) > 0.95
+    assert factual.macro(factual.aucs(scores, labels)) > 0.95
     chance = alignment.zero_shot_scores(volumes, *unit(rng(3).normal(size=(2, 4, 64))))
     assert np.isfinite(chance).all()
     a = np.array([[1.0, 0], [1, 0], [1, 0]])
@@ -225,7 +250,7 @@ def test_utility_of_useful_useless_and_wrong_volumes():
 
     def score(synthetic):
         scores = utility.crossed_scores(features(2, labels), synthetic, labels)
-        return {k: factual.macro(factual.aucs(s, labels), labels) for k, s in scores.items()}
+        return {k: factual.macro(factual.aucs(s, labels)) for k, s in scores.items()}
 
     good, useless, wrong = score(features(3, labels)), score(rng(4).normal(size=(200, 20))), score(features(5, ~labels))
     assert good["both"] > good["real"] > 0.8 and good["synthetic"] > 0.8

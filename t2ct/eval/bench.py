@@ -118,7 +118,7 @@ class Bench:
         return [main, *((s, g, c.swept) for s, g in others)]
 
     def cost(self) -> list[tuple[str, int, float]]:
-        """(what, how many volumes, seconds each), measured here on a few."""
+        """(what, how many volumes are still to be seen, seconds each), measured here on a few."""
         test, shape = self.sets.test, self.sets.test.size
         empty = np.full(shape, -1000, np.int16)
         self.look(empty)
@@ -128,20 +128,22 @@ class Bench:
         start = time.perf_counter()
         test.read(0)
         reading = time.perf_counter() - start
-        rows = [("unseen volumes: read, look", self.count, reading + looking)]
+        left = self.store.missing
+        rows = [("unseen volumes: read, look", len(left("real", self.count)), reading + looking)]
         if self._wants_known():
             assert self.sets.train is not None
-            rows.append(("training volumes: read, look", len(self.sets.train), reading + looking / 2))
+            unknown = len(left("known", len(self.sets.train)))
+            rows.append(("training volumes: read, look", unknown, reading + looking / 2))
         for system in self.systems:
-            if system.maker is None:
-                rows.append((f"volumes of {system.told}: read, look", self.count, reading + looking))
-                continue
-            pipe, each = system.maker.pipe, dict[int, float]()
+            each: dict[int, float] = {}
             for steps, guidance, count in self.runs(system):
+                missing = len(left(system.set_name(steps, guidance), count))
+                if system.maker is None:
+                    rows.append((f"volumes of {system.told}: read, look", missing, reading + looking))
+                    continue
                 if steps not in each:
-                    each[steps] = pipe.estimate_seconds(shape, steps)
-                told = f"{system.told}: {steps} steps, guidance {guidance:g}"
-                rows.append((told, count, each[steps] + looking))
+                    each[steps] = system.maker.pipe.estimate_seconds(shape, steps)
+                rows.append((f"{system.told}: {steps} steps, guidance {guidance:g}", missing, each[steps] + looking))
         return rows
 
     def print_cost(self) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from t2ct import weights
-from t2ct.checks import FILES, find_files
+from t2ct.checks import EMBEDDED, FILES, find_files
 from t2ct.config import PipelineConfig
 from t2ct.data.phantoms import LABELS
 from t2ct.models import CLIP3D
@@ -191,9 +191,8 @@ def open_judge(path: str | Path | None, model: Any, device: torch.device | str) 
     FileNotFoundError says how one is trained.
     """
     if path is None:
-        config = None if isinstance(model, dict) else find_files(model)["config"]
-        path = Path(config).parent if config is not None else ""
-        if not (Path(path) / FILE).is_file():
+        path = EMBEDDED if model is None else model if isinstance(model, (str, Path)) else None
+        if path is None or not (Path(path) / FILE).is_file():
             raise FileNotFoundError(f"judge: wanted {FILE} in the model's folder, or --judge PATH, got neither. {HOW}")
     try:
         judge = load_judge(path, device)

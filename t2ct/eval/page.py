@@ -49,6 +49,7 @@ TELLS = {
        for space, unit in (("embedding", "root mean square"), ("pixel", "root mean square HU"))
        for side in ("generated", "unseen")},
     "auc_macro_generated_minus_real": "below 0: findings are lost",
+    "auc_macro_generated_over_real": "likewise, as a share",
     "zero_shot_auc": "real volumes, \"X is present.\" against \"X is not present.\"",
     "zero_shot_auc_generated": "generated volumes",
     "clip_score": "100 cos(generated, report)", "clip_score_of_real": "100 cos(real, report)",

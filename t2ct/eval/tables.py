@@ -67,8 +67,10 @@ def factual(real: Seen | None, made: Seen, labels: np.ndarray) -> Table:
         )
         table[f"reliability_{side}"] = fa.reliability(p, labels)
     if real is not None:
-        table["auc_macro_generated_minus_real"] = difference(
-            fa.aucs, probabilities(made), probabilities(real), labels
+        a, b = probabilities(real), probabilities(made)
+        table["auc_macro_generated_minus_real"] = difference(fa.aucs, b, a, labels)
+        table["auc_macro_generated_over_real"] = bootstrap(
+            lambda i: fa.macro_auc(b[i], labels[i]) / fa.macro_auc(a[i], labels[i]), len(labels)
         )
     return table | {"by_finding": each}
 
@@ -155,10 +157,7 @@ def nearer(real: Seen, first: Seen, second: Seen) -> Table:
 def difference(figures: fa.Figures, scores: np.ndarray, against: np.ndarray, labels: np.ndarray) -> Estimate:
     """Macro mean of `figures` of scores minus that of `against`, the same volumes drawn for both."""
     return bootstrap(
-        lambda i: (
-            fa.macro(figures(scores[i], labels[i]), labels[i]) - fa.macro(figures(against[i], labels[i]), labels[i])
-        ),
-        len(labels),
+        lambda i: fa.macro(figures(scores[i], labels[i])) - fa.macro(figures(against[i], labels[i])), len(labels)
     )
 
 

@@ -57,10 +57,15 @@ def precisions(probabilities: np.ndarray, labels: np.ndarray, threshold: float =
     return np.where(y.any(0) & ~y.all(0), right, np.nan)
 
 
-def macro(values: np.ndarray, labels: np.ndarray) -> float:
+def macro(values: np.ndarray) -> float:
     """Mean over the findings that could be measured; NaN if there are none."""
     known = np.isfinite(values)
     return float(values[known].mean()) if known.any() else float("nan")
+
+
+def macro_auc(scores: np.ndarray, labels: np.ndarray) -> float:
+    """`macro` of `aucs`."""
+    return macro(aucs(scores, labels))
 
 
 def weighted(values: np.ndarray, labels: np.ndarray) -> float:
@@ -74,7 +79,7 @@ def averaged(figures: Figures, scores: np.ndarray, labels: np.ndarray) -> tuple[
 
     def all_of_them(i: np.ndarray) -> np.ndarray:
         values = figures(scores[i], labels[i])
-        return np.array([macro(values, labels[i]), weighted(values, labels[i]), *values])
+        return np.array([macro(values), weighted(values, labels[i]), *values])
 
     over, by_cases, *each = bootstrap_of(all_of_them, len(labels))
     return over, by_cases, each
