@@ -7,7 +7,7 @@ from torch import Tensor
 
 from t2ct.kernels import block_plan
 from t2ct.kernels.chips import chip_of
-from t2ct.ops import conv, norm
+from t2ct.ops import conv, conv_gradient, norm
 from t2ct.ops.conv_autograd import bias_gradient, channel_bias_gradient
 from t2ct.ops.dispatch import channels_last, choose, kernel, watched
 
@@ -129,7 +129,8 @@ class _NormConv(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, *_):
         x, gn_weight, gn_bias, weight, bias, channel_bias, mean, rstd = ctx.saved_tensors
-        wanted, affine, w = ctx.needs_input_grad, (mean, rstd, gn_weight, gn_bias), weight.to(ctx.dtype)
+        wanted, affine = ctx.needs_input_grad, (mean, rstd, gn_weight, gn_bias)
+        w = weight if conv_gradient.few(x, weight) else weight.to(ctx.dtype)
         dx = dgw = dgb = dw = None
         of_norm = any(wanted[:3])
         if of_norm and _sums_in_epilogue(x, w):
@@ -143,7 +144,7 @@ class _NormConv(torch.autograd.Function):
             )  # fmt: skip
         if of_norm or wanted[3]:
             a = choose("group_apply", norm.APPLY, x)[1](x, *affine, ctx.groups, True, torch.empty_like(x))
-            da, dw = _conv_gradient(dy, a.to(ctx.dtype), w, (of_norm, wanted[3]))
+            da, dw = _conv_gradient(dy, a, w, (of_norm, wanted[3]))
             if da is not None:
                 dx, dgw, dgb = choose("group_norm_backward", norm.BACKWARD, x)[1](
                     da.to(x.dtype), x, gn_weight, gn_bias, mean, rstd, ctx.groups, True
@@ -163,10 +164,9 @@ def _sums_in_epilogue(x: Tensor, weight: Tensor) -> bool:
 
 
 def _conv_gradient(dy: Tensor, a: Tensor, weight: Tensor, wanted: tuple[bool, bool]):
+    if conv_gradient.few(a, weight):
+        return conv_gradient.backward_few(dy, a, weight, wanted)
+    a = a.to(weight.dtype)
     if conv.by_triton("group_norm_silu_conv3d", a, weight):
         return kernel("conv_backward", "conv3d_backward")(channels_last(dy), a, weight, 1, 1, wanted)
-    return torch.ops.aten.convolution_backward(
-        dy, a, weight, None, [1] * 3, [1] * 3, [1] * 3, False, [0] * 3, 1, [*wanted, False]
-    )[:2]
-
-
+    return conv_gradient.backward(dy, a, weight, wanted)

@@ -7,13 +7,12 @@ that the updates before have left, so that a run that goes on ends with the bits
 
 from __future__ import annotations
 
-import resource
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
 from t2ct.train.checkpoint import Checkpoints
@@ -28,6 +28,7 @@ from t2ct.train.config import Training
 from t2ct.train.data.order import Micros, Order, loader
 from t2ct.train.data.source import BadVolume
 from t2ct.train.optim import Average, Optimisers, rate_factor
+from t2ct.train.parts.machine import find_precision, kept_memory
 from t2ct.train.recipe import Batch, Call, Recipe, Shown, ranks, sum_ranks
 from t2ct.train.show.metrics import Metrics
 
@@ -128,8 +129,8 @@ class Run:
             loss, shown = self.recipe.gradients(name, call, micros, self._backward, self.autocast)
             if self.scaler.is_enabled():
                 self.scaler.unscale_(self.handles[name])
-            longest = self.config.clip_norm or float("inf")
-            norm = torch.nn.utils.clip_grad_norm_(optimiser.live.values(), longest, foreach=True)
+            grads = [p.grad for p in optimiser.live.values() if p.grad is not None]
+            norm = get_total_norm(grads, foreach=True)
             finite = torch.isfinite(norm).cpu() & torch.isfinite(loss)
             bad = (~finite).float()
             sum_ranks([bad])  # a loss may be infinite on one rank alone; all of them must agree
@@ -138,6 +139,8 @@ class Run:
                 if self.scaler.is_enabled():
                     self.scaler.update()
                 return None
+            if self.config.clip_norm and norm > self.config.clip_norm:  # else a multiplication by 1 of every gradient
+                clip_grads_with_norm_(optimiser.live.values(), self.config.clip_norm, norm, foreach=True)
             optimiser.step(rate_factor(self.step, self.config))
             told = told or (loss, norm, shown)
         if self.scaler.is_enabled():
@@ -176,7 +179,7 @@ def run(
     name = type(recipe).__name__
     bar = tqdm(total=config.steps, initial=state.step, desc=name, mininterval=2, disable=quiet or rank != 0)
     saved, waited, began = time.monotonic(), 0.0, time.monotonic()
-    with _signals() as asked, bar:
+    with _signals() as asked, bar, kept_memory(device):
         while state.step < config.steps:
             started = time.monotonic()
             held = [_to(next(batches), device) for _ in range(config.batch // (micro * world))]
@@ -308,25 +311,3 @@ def _agree(asked: list[int]) -> bool:
     flag = torch.tensor(float(bool(asked)))
     sum_ranks([flag])
     return bool(flag)
-
-
-def memory_used(device: torch.device) -> float:
-    """The most memory that was in use, in GB: of the device, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-
-
-def find_precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of convolutions and matrix products; "auto": bfloat16 where it is native, else float32."""
-    if name == "auto":
-        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else has_bfloat16()
-        return torch.bfloat16 if native else torch.float32
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}[name]
-
-
-@cache
-def has_bfloat16() -> bool:
-    """Does this processor have bfloat16 products? Emulated ones would be slower than float32."""
-    known: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 has no such function
-    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))

@@ -26,8 +26,8 @@ from t2ct.models import VAE, hu_to_unit
 from t2ct.models.layers import channels_last
 from t2ct.train.data import BadVolume, Source, open_data
 from t2ct.train.data.source import Entry, cached, fingerprint
-from t2ct.train.loop import find_precision
 from t2ct.train.parts.folders import load_part
+from t2ct.train.parts.machine import find_precision
 from t2ct.train.recipe import ranks
 
 FORMAT = "t2ct-latents-1"

@@ -16,8 +16,8 @@ from torch import nn
 
 from t2ct.models import CLIP3D, VAE
 from t2ct.train.config import LDMTraining, Training
-from t2ct.train.loop import find_precision
 from t2ct.train.memory.recipes import checkpoint_blocks, probe_recipe
+from t2ct.train.parts.machine import find_precision
 from t2ct.train.recipe import Recipe
 
 MARGIN = 1.1  # over the line through what is measured: small steps choose other kernels, allocators round up

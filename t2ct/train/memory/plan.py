@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from t2ct.train.config import CLIPTraining, Training
-from t2ct.train.loop import find_precision
 from t2ct.train.memory.count import count_update, pace_of, seconds_of
 from t2ct.train.memory.measure import fixed_bytes, measure
 from t2ct.train.memory.recipes import probe_recipe
+from t2ct.train.parts.machine import find_precision
 
 UNITS = {"": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2.0**10, "MIB": 2.0**20, "GIB": 2.0**30}
 

@@ -41,7 +41,7 @@ class Metrics:
 
     def step(self, state: Run, told: Any, seconds: float, waited: float, bar: Any) -> None:
         """One row of metrics.csv, and the bar's figures; seconds and waited since the last row."""
-        from t2ct.train.loop import memory_used
+        from t2ct.train.parts.machine import memory_used
 
         count, self.last = max(1, state.step - self.last), state.step
         nothing = Tensor([float("nan")])

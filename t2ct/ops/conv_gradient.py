@@ -1,0 +1,84 @@
+"""The gradient of a 3x3x3 convolution with padding 1 on a CPU, where torch's own way is slow.
+
+Few voxels under many weights: matrix products, which read or write the weights once; torch reorders them several times.
+A single small float32 volume: oneDNN, which torch asks for batches alone
+(else it writes every voxel 27 times); two halves of the volume are a batch. benchmarks/bench_training.py measures it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from t2ct.ops.dispatch import channels_last, forced
+
+FEW = 64  # voxels
+MANY_WEIGHTS = 400_000
+TORCH_SMALL = 20480  # up to this N * C * X * Y torch's convolution does not ask oneDNN
+Gradients = tuple[Tensor | None, Tensor | None]
+ONES = [1, 1, 1]
+
+
+def few(x: Tensor, weight: Tensor) -> bool:
+    """Are x (N, C, X, Y, Z) so few voxels under so many weights that matrix products pay?"""
+    plain = x.device.type == "cpu" and weight.dtype is torch.float32 and weight.is_contiguous() and forced() is None
+    return plain and len(x) * x.shape[2:].numel() <= FEW and weight.numel() >= MANY_WEIGHTS
+
+
+def backward_few(dy: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]) -> Gradients:
+    """Gradients of x and of the weight; products in dy's dtype, sums in float32."""
+    rows, dx, dw = dy.movedim(1, -1).flatten(0, 3), None, None
+    if wanted[1]:
+        columns = F.pad(x.to(dy.dtype), (1,) * 6).unfold(2, 3, 1).unfold(3, 3, 1).unfold(4, 3, 1)
+        columns = columns.permute(0, 2, 3, 4, 1, 5, 6, 7).reshape(-1, x.shape[1] * 27)  # what the taps see
+        dw = _product(rows.T, columns.T).float().view(weight.shape)
+    if wanted[0]:
+        n, c, *size = x.shape
+        taps = _product(rows, weight.to(dy.dtype).flatten(1).T).float()
+        taps = taps.view(-1, c, 27).permute(2, 0, 1).contiguous().view(27, n, *size, c)
+        padded = taps.new_zeros(n, *(m + 2 for m in size), c)
+        for i, tap in enumerate(taps):
+            at = [slice(k, k + m) for k, m in zip((i // 9, i // 3 % 3, i % 3), size, strict=True)]
+            padded[:, at[0], at[1], at[2]] += tap
+        dx = padded[:, 1:-1, 1:-1, 1:-1].movedim(-1, 1)
+    return dx, dw
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a (M, K) times b (N, K) transposed. In float32 by oneDNN: of few rows MKL, which torch asks, takes a multiple."""
+    if a.dtype is torch.float32 and _onednn():
+        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    return a @ b.T
+
+
+def _onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+
+
+def backward(dy: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]) -> Gradients:
+    """Gradients of x and of the weight, all of one dtype, by torch; a single small volume in two halves."""
+    if not _halves(x):
+        return _torch(dy, x, weight, 1, wanted)
+    h = x.shape[2] // 2  # each half with the planes beside it, so that it needs no padding along X
+    padded = F.pad(x, (0, 0, 0, 0, 1, 1))
+    pair = channels_last(torch.cat((padded[:, :, : h + 2], padded[:, :, h:])))
+    dpair, dw = _torch(channels_last(torch.cat(dy.split(h, 2))), pair, weight, 0, wanted)
+    if dpair is None:
+        return None, dw
+    dx = torch.empty_like(x, memory_format=torch.channels_last_3d)
+    dx[:, :, :h], dx[:, :, h:] = dpair[0, :, 1 : h + 1], dpair[1, :, 1 : h + 1]
+    dx[:, :, h] += dpair[0, :, h + 1]
+    dx[:, :, h - 1] += dpair[1, :, 0]
+    return dx, dw
+
+
+def _halves(x: Tensor) -> bool:
+    small = len(x) == 1 and x.shape[:4].numel() <= TORCH_SMALL and x.shape[2] % 2 == 0 and x.shape[2:].numel() > 2 * FEW
+    return x.device.type == "cpu" and x.dtype is torch.float32 and small and _onednn()
+
+
+def _torch(dy: Tensor, x: Tensor, weight: Tensor, padding: int, wanted: tuple[bool, bool]) -> Gradients:
+    return torch.ops.aten.convolution_backward(
+        dy, x, weight, None, ONES, [padding, 1, 1], ONES, False, [0, 0, 0], 1, [*wanted, False]
+    )[:2]
