@@ -87,11 +87,6 @@ class Bench:
 
     def _leave_out(self, reasons: dict[str, str]) -> None:
         """Tables that cannot be computed here, with the reason; ValueError where a table's volumes are too few."""
-        for name in self.tables:
-            least = tb.NEEDS[name]
-            have = min(self.count, self.settings.swept) if name == "ablation" else self.count
-            if have < least:
-                raise ValueError(f"data: wanted at least {least} volumes with reports for {name}, got {have}")
         if self.labels is None or not tb.measurable(self.labels):
             told = "no volume has labels" if self.labels is None else "no finding is present in some volumes only"
             reasons |= {"factual": told, "utility": told}
@@ -104,6 +99,11 @@ class Bench:
         for name in [n for n in self.tables if n in reasons]:
             self.tables.remove(name)
             self.notes.append(f"{name} is left out: {reasons[name]}")
+        for name in self.tables:
+            least = tb.NEEDS[name]
+            have = min(self.count, self.settings.swept) if name == "ablation" else self.count
+            if have < least:
+                raise ValueError(f"data: wanted at least {least} volumes with reports for {name}, got {have}")
 
     def runs(self, system: System) -> list[tuple[int, float, int]]:
         """(steps, guidance, count) of every set that a system generates, the main one first."""
@@ -169,30 +169,25 @@ class Bench:
 
     def see(self) -> None:
         """Look at every volume: real ones first, so that what cannot be read shows before anything is generated."""
-        stages: list[tuple[str, int, Any]] = [
-            ("unseen volumes", self.count, lambda step: see(self.store, "real", self.sets.test, self.look, True, step))
-        ]
+        with self._bar("unseen volumes", self.count) as bar:
+            see(self.store, "real", self.sets.test, self.look, True, bar.update)
         if self._wants_known():
-            known = self.sets.train
-            assert known is not None
-            stages.append(
-                ("training volumes", len(known), lambda step: see(self.store, "known", known, self.look, False, step))
-            )
+            assert self.sets.train is not None
+            with self._bar("training volumes", len(self.sets.train)) as bar:
+                see(self.store, "known", self.sets.train, self.look, False, bar.update)
         for system in self.systems:
+            if system.maker is None:
+                assert system.volumes is not None
+                with self._bar(system.told, self.count) as bar:
+                    see(self.store, system.name, system.volumes, self.look, True, bar.update)
+                continue
             for k, (steps, guidance, count) in enumerate(self.runs(system)):
-                name = system.set_name(steps, guidance)
-                if system.maker is None:
-                    assert system.volumes is not None
-                    stages.append((system.told, count, lambda step, s=system, n=name: see(
-                        self.store, n, s.volumes, self.look, True, step)))  # fmt: skip
-                else:
-                    keep = None if k else self.kept(system)
-                    stages.append((f"{system.told}, {steps} steps, w {guidance:g}", count,
-                                   lambda step, s=system.maker, a=(name, count, steps, guidance), keep=keep: s.see(
-                                       self.store, *a, self.look, keep, step)))  # fmt: skip
-        for what, count, go in stages:
-            with tqdm(total=count, desc=what, unit="volume", disable=self.quiet) as bar:
-                go(bar.update)
+                name, keep = system.set_name(steps, guidance), None if k else self.kept(system)
+                with self._bar(f"{system.told}, {steps} steps, w {guidance:g}", count) as bar:
+                    system.maker.see(self.store, name, count, steps, guidance, self.look, keep, bar.update)
+
+    def _bar(self, what: str, count: int) -> tqdm:
+        return tqdm(total=count, desc=what, unit="volume", disable=self.quiet)
 
     def kept(self, system: System) -> Path:
         """Where a system's generated volumes lie."""
