@@ -78,9 +78,10 @@ def group_norm_silu_conv3d_stats(
 
 
 def _forward(
-    x, gn_weight, gn_bias, weight, bias, residual, channel_bias, mean, rstd, groups, eps, next_groups, overwrite=False
-):
-    """((y,) or (y, mean, rstd) of y's groups), then mean and rstd of x's."""
+    x, gn_weight, gn_bias, weight, bias, residual, channel_bias, mean, rstd, groups, eps, next_groups, overwrite=False,
+    learns=False,
+):  # fmt: skip
+    """((y,) or (y, mean, rstd) of y's groups), then mean and rstd of x's. learns: a gradient follows."""
     op, x = "group_norm_silu_conv3d", norm._dense(x)
     way, in_epilogue = "apply", bool(next_groups)
     if conv.by_triton(op, x, conv.autocast(weight)[0]):
@@ -100,6 +101,12 @@ def _forward(
             rstd = (m2 / count + eps).rsqrt()
         out = x if overwrite else torch.empty_like(x)
         a = choose("group_apply", norm.APPLY, x)[1](x, mean, rstd, gn_weight, gn_bias, groups, True, out)
+    if learns and conv_gradient.few(a, weight):
+        y = conv_gradient.forward_few(a, weight, bias)
+        if channel_bias is not None:
+            y += channel_bias[:, :, None, None, None]
+        y = y if residual is None else y + residual
+        return (y.to(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype),), mean, rstd
     a, weight, bias, residual, channel_bias = conv.autocast(a, weight, bias, residual, channel_bias)
     if not conv.by_triton(op, a, weight):
         with torch.autocast(x.device.type, enabled=False):
@@ -117,7 +124,7 @@ class _NormConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gn_weight, gn_bias, weight, bias, residual, channel_bias, mean, rstd, groups, eps, following):
         out, mean, rstd = _forward(
-            x, gn_weight, gn_bias, weight, bias, residual, channel_bias, mean, rstd, groups, eps, following
+            x, gn_weight, gn_bias, weight, bias, residual, channel_bias, mean, rstd, groups, eps, following, learns=True
         )
         ctx.save_for_backward(norm._dense(x), gn_weight, gn_bias, weight, bias, channel_bias, mean, rstd)
         ctx.groups, ctx.dtype = groups, out[0].dtype

@@ -26,17 +26,22 @@ def few(x: Tensor, weight: Tensor) -> bool:
     return plain and len(x) * x.shape[2:].numel() <= FEW and weight.numel() >= MANY_WEIGHTS
 
 
+def forward_few(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The convolution itself, in float32, channels-last."""
+    y = _product(_columns(x), weight.flatten(1))
+    y = y if bias is None else y.add_(bias)
+    return y.view(len(x), *x.shape[2:], -1).movedim(-1, 1)
+
+
 def backward_few(dy: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]) -> Gradients:
-    """Gradients of x and of the weight; products in dy's dtype, sums in float32."""
-    rows, dx, dw = dy.movedim(1, -1).flatten(0, 3), None, None
+    """Gradients of x and of the weight, in float32: to convert the weights would take as long as the products."""
+    rows, dx, dw = dy.float().movedim(1, -1).flatten(0, 3), None, None
     if wanted[1]:
-        columns = F.pad(x.to(dy.dtype), (1,) * 6).unfold(2, 3, 1).unfold(3, 3, 1).unfold(4, 3, 1)
-        columns = columns.permute(0, 2, 3, 4, 1, 5, 6, 7).reshape(-1, x.shape[1] * 27)  # what the taps see
-        dw = _product(rows.T, columns.T).float().view(weight.shape)
+        dw = _product(rows.T, _columns(x).T).view(weight.shape)
     if wanted[0]:
         n, c, *size = x.shape
-        taps = _product(rows, weight.to(dy.dtype).flatten(1).T).float()
-        taps = taps.view(-1, c, 27).permute(2, 0, 1).contiguous().view(27, n, *size, c)
+        taps = _product(rows, weight.flatten(1).T).view(-1, c, 27)
+        taps = taps.permute(2, 0, 1).contiguous().view(27, n, *size, c)
         padded = taps.new_zeros(n, *(m + 2 for m in size), c)
         for i, tap in enumerate(taps):
             at = [slice(k, k + m) for k, m in zip((i // 9, i // 3 % 3, i % 3), size, strict=True)]
@@ -45,15 +50,19 @@ def backward_few(dy: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool
     return dx, dw
 
 
+def _columns(x: Tensor) -> Tensor:
+    """What the 27 taps see of every channel: (voxels, C * 27) float32."""
+    seen = F.pad(x.float(), (1,) * 6).unfold(2, 3, 1).unfold(3, 3, 1).unfold(4, 3, 1)
+    return seen.permute(0, 2, 3, 4, 1, 5, 6, 7).reshape(-1, x.shape[1] * 27)
+
+
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a (M, K) times b (N, K) transposed. In float32 by oneDNN: of few rows MKL, which torch asks, takes a multiple."""
-    if a.dtype is torch.float32 and _onednn():
-        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-    return a @ b.T
+    """a (M, K) times b (N, K) transposed, float32, by oneDNN: of few rows MKL, which torch asks, takes a multiple."""
+    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "") if _onednn() else a @ b.T
 
 
 def _onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    return bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
 
 
 def backward(dy: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]) -> Gradients:
