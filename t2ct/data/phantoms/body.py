@@ -53,6 +53,9 @@ def paint_wall(canvas: Canvas, a: Anatomy, cage: Array, rng: np.random.Generator
         # Muscle, marbled with a little fat, more of it with age.
         marbled = np.float32(56) - np.maximum(grain - np.float32(1.2 - a.age / 130), 0) * np.float32(45)
         canvas.paint(box, alpha, marbled, ORGAN["muscle"])
+        # A plane of fat between the muscles of the ribs and those of the shoulder girdle and the back.
+        plane = np.abs(cage[box] - np.float32(15) - grain) - np.float32(0.5 + 0.05 * a.fat)
+        canvas.paint(box, canvas.inside(plane) * (muscle < -5) * np.float32(0.85), -95.0)
         for part, half in (("right pectoral muscle", x > 0), ("left pectoral muscle", x < 0)):
             canvas.label(box, (chest < -4) & (alpha > 0.5) & (cage[box] > 12) & half, ORGAN["muscle"], PART[part])
     for (cx, cy, cz), radii in POCKETS:

@@ -59,16 +59,16 @@ class ArterialWallCalcification(Disease):
         for k in range(count):
             # Every aorta that calcifies has a plaque in its arch; the others lie anywhere along it.
             at = arch + int(rng.integers(-8, 9)) if k < 2 else int(rng.integers(4, len(line) - 12))
-            long, arc, thick = rng.uniform(12, 20), rng.uniform(11, 19), rng.uniform(3.8, 5.4)
-            angle, hu = rng.uniform(0, 2 * np.pi), rng.uniform(850, 1250)
+            long, arc, thick = rng.uniform(12, 20), rng.uniform(13, 21), rng.uniform(3.6, 4.8)
+            angle, hu = rng.uniform(0, 2 * np.pi), rng.uniform(950, 1350)
             centre, radius = line[at, :3], line[at, 3]
             tangent = line[min(at + 2, len(line) - 1), :3] - line[max(at - 2, 0), :3]
             tangent /= np.linalg.norm(tangent)
             side = np.cross(tangent, [0.2, 0.95, 0.24])
             side /= np.linalg.norm(side)
             up = np.cross(side, tangent)
-            u, v, w = (g.ravel() for g in np.meshgrid(np.linspace(-0.5, 0.5, 12), np.linspace(-0.5, 0.5, 10),
-                                                      np.linspace(-0.5, 0.5, 4)))  # fmt: skip
+            u, v, w = (g.ravel() for g in np.meshgrid(np.linspace(-0.5, 0.5, 24), np.linspace(-0.5, 0.5, 28),
+                                                      np.linspace(-0.5, 0.5, 5)))  # fmt: skip
             keep = u * u + v * v < 0.25
             u, v, w = u[keep], v[keep], w[keep]
             phi, r = angle + v * arc / radius, radius + 0.5 + w * thick

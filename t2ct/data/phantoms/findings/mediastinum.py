@@ -98,7 +98,8 @@ class Lymphadenopathy(Disease):
                                                     PART["left pulmonary artery"]])  # fmt: skip
                 alpha = canvas.inside(node)
                 rim = canvas.inside(node - np.float32(2))  # a little fat around each
-                canvas.paint(box, rim * ~firm * (f.kind != "hilar") * np.float32(0.7), -95.0)
+                other = canvas.mask[box] == ORGAN[self.name]  # nodes that touch grow together
+                canvas.paint(box, rim * ~(firm | other) * (f.kind != "hilar") * np.float32(0.7), -95.0)
                 canvas.paint(box, alpha * ~(firm | large), value, ORGAN[self.name])
 
     def _place(self, kind: str, side: int, k: int, size: float, a: Anatomy, rng: np.random.Generator) -> np.ndarray:

@@ -212,7 +212,7 @@ PHRASES: dict[str, dict[str, tuple[str, ...]]] = {
         "noun": (
             "{device}",
             "{device} in place",
-            "status post placement: {device}",
+            "status after placement of {device}",
         ),
     },
     "medical material/sternal wires": {
