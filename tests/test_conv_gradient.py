@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from t2ct.ops import conv_gradient, group_norm_silu_conv3d, use_backend
+from t2ct.ops import conv3d, conv_gradient, group_norm_silu_conv3d, use_backend
+from t2ct.train.parts.critic import Critic
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAST = torch.channels_last_3d
@@ -81,3 +82,31 @@ def test_the_block_takes_these_ways(channels, size, low):
     assert y.dtype == (torch.bfloat16 if low else torch.float32)
     made = torch.autograd.grad(y.float(), ours, dy)
     assert all(error(a, b) <= (3e-2 if low else 1e-5) for a, b in zip(made, wanted, strict=True))
+
+
+@pytest.mark.parametrize(("kernel", "stride", "size"), ((3, 1, (2, 2, 2)), (3, 2, (2, 2, 1)), (3, 1, (4, 2, 6))))
+def test_narrow_results_in_bfloat16(kernel, stride, size):
+    """Where oneDNN's gradient of the weight is another number at every call."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 64, *size), (torch.randn(64, 64, *[kernel] * 3) / 40).requires_grad_()
+    y = F.conv3d(x, weight, None, stride, 1)
+    dy = torch.randn_like(y)
+    wanted = torch.autograd.grad(y, weight, dy)[0].double()
+    for _ in range(3):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = conv3d(x.contiguous(memory_format=LAST), weight, None, stride)
+        assert y.dtype == torch.bfloat16
+        assert error(torch.autograd.grad(y, weight, dy.bfloat16())[0], wanted) < 2e-2
+        if stride == 1:
+            made = conv_gradient.backward(*(t.bfloat16() for t in (dy, x, weight.detach())), (False, True))
+            assert error(made[1], wanted) < 2e-2
+
+
+def test_the_critic_in_bfloat16_over_a_small_patch():
+    torch.manual_seed(0)
+    critic, x = Critic(8, 3), torch.rand(1, 1, 32, 32, 32)
+    exact = torch.autograd.grad(critic(x).square().mean(), critic.parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        y = critic(x)
+    made = torch.autograd.grad(y.float().square().mean(), critic.parameters())
+    assert all(error(a, b.double()) < 0.3 for a, b in zip(made, exact, strict=True))

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from t2ct.ops import conv_autograd, conv_cpu
+from t2ct.ops import conv_autograd, conv_cpu, conv_gradient
 from t2ct.ops.dispatch import Table, candidates, choose, forced, refusal, watched
 
 # csrc reads a convolution's weights once where oneDNN, which reorders them, moves them three times; that pays where
@@ -87,7 +87,20 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, paddin
             return choose("conv3d", {"cpu": CONV["cpu"]}, x)[1](x, weight, bias)
     if _onednn(x, weight):
         return torch.mkldnn_convolution(x, weight, bias, pads, (stride,) * 3, (1, 1, 1), 1)
+    if _narrow_bfloat16(x, weight, stride, pads):
+        with torch.autocast("cpu", enabled=False):
+            bias = None if bias is None else bias.float()
+            return F.conv3d(x.float(), weight.float(), bias, stride, padding).to(torch.bfloat16)
     return F.conv3d(x, weight, bias, stride, padding)
+
+
+def _narrow_bfloat16(x: Tensor, weight: Tensor, stride: int, pads: tuple[int, int, int]) -> bool:
+    """Would the gradient of the weight be wrong? See conv_gradient.narrow."""
+    if not (torch.is_grad_enabled() and weight.requires_grad) or max(weight.shape[2:]) == 1 or watched(x):
+        return False
+    low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    axes = zip(x.shape[2:], weight.shape[2:], pads, strict=True)
+    return low is torch.bfloat16 and conv_gradient.narrow(x, [(n + 2 * p - k) // stride + 1 for n, k, p in axes])
 
 
 def _narrow(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, pads: tuple[int, int, int]) -> bool:

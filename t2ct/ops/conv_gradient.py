@@ -7,6 +7,8 @@ A single small float32 volume: oneDNN, which torch asks for batches alone
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch import Tensor
 from t2ct.ops.dispatch import channels_last, forced
 
 FEW = 64  # voxels
+NARROW = 2
 MANY_WEIGHTS = 400_000
 TORCH_SMALL = 20480  # up to this N * C * X * Y torch's convolution does not ask oneDNN
 Gradients = tuple[Tensor | None, Tensor | None]
@@ -65,8 +68,17 @@ def _onednn() -> bool:
     return bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
 
 
+def narrow(x: Tensor, size: Iterable[int]) -> bool:
+    """Is a result of `size` voxels so narrow that oneDNN's bfloat16 gradient of the weight is wrong? It is up to two
+    voxels (torch 2.13 on AVX512-BF16: numbers up to 1e36), and right from three on."""
+    return x.device.type == "cpu" and min(size) <= NARROW
+
+
 def backward(dy: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]) -> Gradients:
     """Gradients of x and of the weight, all of one dtype, by torch; a single small volume in two halves."""
+    if dy.dtype is not torch.float32 and narrow(dy, dy.shape[2:]):
+        made = _torch(dy.float(), x.float(), weight.float(), 1, wanted)
+        return None if made[0] is None else made[0].to(x.dtype), None if made[1] is None else made[1].to(weight.dtype)
     if not _halves(x):
         return _torch(dy, x, weight, 1, wanted)
     h = x.shape[2] // 2  # each half with the planes beside it, so that it needs no padding along X

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from t2ct.ops.conv_gradient import narrow
+
 
 class Critic(nn.Module):
     """A patch critic (Isola et al. 2017), in MAISI's sizes: (B, 1, X, Y, Z) -> (B, 1, X', Y', Z') opinions.
@@ -28,7 +30,13 @@ class Critic(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+        for layer in self.net:
+            if isinstance(layer, nn.Conv3d) and narrow(x, (n - 1 for n in x.shape[2:])):
+                with torch.autocast("cpu", enabled=False):
+                    x = layer(x.float())
+            else:
+                x = layer(x)
+        return x
 
 
 class RandomFeatures(nn.Module):
