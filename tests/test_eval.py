@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -139,7 +140,11 @@ def test_going_on_does_nothing_twice_and_something_else_is_refused(done, model, 
     assert main([*command, "--resume", "--guidance", "3"]) == 2
     assert "something else: settings" in capsys.readouterr().err
     monkeypatch.setattr("t2ct.eval.make.Maker.make", lambda *a: pytest.fail("generated again"))
-    again = evaluate(out, model, data="phantoms:40", quick=True, resume=True, quiet=True)
+    assert main([*command[:-1], "--resume"]) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"small: 2 steps, guidance 0 +0 volumes of .* s\n", told) and " min in all" in told
+    assert "| auc_macro_real |" in told and "guidance scale, 8 reports each:" in told
+    again = json.loads((out / "results.json").read_text())
     assert again | {"date": 0} == results | {"date": 0}
 
 
