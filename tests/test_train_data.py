@@ -90,6 +90,15 @@ def test_bad_rows_are_named(folder, change, wanted):
         open_data(str(folder), "train", SIZE)
 
 
+def test_a_link_out_of_the_folder_is_refused(folder, tmp_path_factory):
+    outside = tmp_path_factory.mktemp("elsewhere") / "ct.nii.gz"
+    outside.write_bytes((folder / "volumes/0.nii.gz").read_bytes())
+    (folder / "volumes/8.nii.gz").symlink_to(outside)
+    write_table(folder / "manifest.csv", ("volume", "report"), ("volumes/8.nii.gz", "Normal."))
+    with pytest.raises(ValueError, match="line 2: wanted a volume inside .*, got 'volumes/8.nii.gz'"):
+        open_data(str(folder), "train", SIZE)
+
+
 def test_bad_tables_are_named(folder):
     write_table(folder / "manifest.csv", ("file", "report"), ("a", "b"))
     with pytest.raises(ValueError, match="wanted a column 'volume', got file, report"):

@@ -157,6 +157,23 @@ def test_gradients_through_a_cache_are_those_of_the_whole_batch():
         assert torch.allclose(moved, book, atol=1e-5)
 
 
+def test_both_passes_of_a_cache_draw_the_same_random_numbers():
+    recipe, micros = clip_recipe(4)
+    recipe.model.train()
+    dropout = torch.nn.Dropout(0.5)
+    recipe.model.model.visual_projection.register_forward_pre_hook(lambda _, tokens: (dropout(tokens[0]),))
+    seen = {True: [], False: []}
+    recipe.model.register_forward_hook(lambda m, i, out: seen[torch.is_grad_enabled()].append(out[1].detach()))
+    recipe.begin(0)
+    recipe._first_codes(micros, partial(torch.autocast, "cpu", enabled=False))
+    torch.manual_seed(5)
+    no = partial(torch.autocast, "cpu", enabled=False)
+    recipe.gradients("clip", recipe.loss, micros, lambda loss: loss.backward(), no)
+    assert len(seen[True]) == len(seen[False]) == 4
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(seen[False], seen[True], strict=True))
+    assert not torch.allclose(*seen[True][:2], atol=1e-2)
+
+
 def test_clip_learns_and_its_scale_stays_in_bounds():
     recipe, _ = clip_recipe(micro=4)
     losses = learned(recipe, "clip", steps=30)

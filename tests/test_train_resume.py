@@ -182,6 +182,22 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
     assert torch.equal(tensors["a"], torch.ones(3)) and facts["step"] == 1
 
 
+def test_what_a_lost_life_left_behind_goes(tmp_path):
+    """A damaged newest checkpoint must not push out the good ones that the run goes on to write before its step."""
+    kept = Checkpoints(tmp_path, keep=1)
+    kept.save(5, {"a": torch.ones(3)}, {})
+    kept.keep = 2
+    kept.save(9, {"a": torch.zeros(3)}, {})
+    (tmp_path / "step-00000009.safetensors").write_bytes(b"damaged")
+    (tmp_path / "step-00000007.part").write_bytes(b"half")
+    kept.keep = 1
+    with pytest.warns(UserWarning, match="damaged"):
+        assert kept.load()[1]["step"] == 5
+    kept.save(6, {"a": torch.ones(3)}, {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000006.json", "step-00000006.safetensors"]
+    assert kept.load()[1]["step"] == 6
+
+
 def test_tensors_without_their_json_do_not_count(tmp_path):
     kept = Checkpoints(tmp_path)
     kept.save(1, {"a": torch.ones(3)}, {})

@@ -54,12 +54,15 @@ class Checkpoints:
             good = f"the last good checkpoint is {self.path(known[-1])}" if known else "there is no earlier one"
             reason = getattr(error, "strerror", None) or error
             raise OSError(f"checkpoint {path}: not written ({reason}); {good}") from error
-        for old in self.steps()[: -self.keep]:
-            if old != best:
-                self.path(old).with_suffix(".json").unlink(missing_ok=True)
-                self.path(old).unlink(missing_ok=True)
-        for left in self.folder.glob("step-*.safetensors"):  # a kill fell between two steps of this
-            if not left.with_suffix(".json").exists() and left != path:
+        steps = self.steps()
+        # Later ones are of a life that was given up, damaged: the run went on from before them.
+        lost = [s for s in steps if s > step]
+        for old in [*lost, *(s for s in [s for s in steps if s <= step][: -self.keep] if s != best)]:
+            self.path(old).with_suffix(".json").unlink(missing_ok=True)
+            self.path(old).unlink(missing_ok=True)
+        for left in self.folder.iterdir():  # a kill fell between two steps of this
+            alone = left.suffix == ".safetensors" and not left.with_suffix(".json").exists()
+            if alone or left.suffix == ".part":
                 left.unlink(missing_ok=True)
         return path
 

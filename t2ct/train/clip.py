@@ -92,9 +92,13 @@ class CLIPRecipe(Recipe):
         cached = len(micros) > 1 or ranks()[1] > 1
         if self.quantizer._codebook.initted == 0:
             self._first_codes(micros, autocast)
+        seed = torch.initial_seed()  # the update's
         if cached:
+            made = []
             with torch.no_grad(), autocast():
-                made = [self.loss(part, batch) for batch in micros]
+                for i, batch in enumerate(micros):
+                    torch.manual_seed(seed + i)
+                    made.append(self.loss(part, batch))
         else:
             with autocast():
                 self.quantizer.counting = True
@@ -113,20 +117,21 @@ class CLIPRecipe(Recipe):
         loss = info_nce(every[0], every[1], scale)
         if cached:
             gradients = torch.autograd.grad(loss, (texts, volumes, scale))
-            self._pass_on(call, part, micros, gradients, backward, autocast)
+            self._pass_on(call, part, micros, gradients, backward, autocast, seed)
         else:
             backward(loss)
         hit = ((every[0] @ every[1].T).argmax(1) == torch.arange(len(every[0]), device=loss.device)).float().mean()
         return loss.detach().float().cpu(), {"hit": hit.item(), "scale": scale.item()}
 
-    def _pass_on(self, call, part, micros, gradients, backward, autocast) -> None:
-        """Compute every micro-batch again and hand the embeddings' gradients through it."""
+    def _pass_on(self, call, part, micros, gradients, backward, autocast, seed) -> None:
+        """Compute every micro-batch again, with the same random numbers, and hand the embeddings' gradients through."""
         _, world = ranks()
         texts, volumes, scale = gradients
         start = 0
         self.quantizer.counting = True
         for i, batch in enumerate(micros):
             rows = slice(start, start := start + len(batch["ids"]))
+            torch.manual_seed(seed + i)
             with last_only(call, i, len(micros)):
                 with autocast():
                     text, volume = call(part, batch)

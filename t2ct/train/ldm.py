@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2ct.diffusion import NUM_TRAIN_TIMESTEPS, add_noise, shift_timestep, velocity
+from t2ct.files import write_files
 from t2ct.models import CLIP3D, VAE, UNet
 from t2ct.text import Tokenizer
 from t2ct.train.config import LDMTraining
@@ -176,7 +177,7 @@ class LDMRecipe(Recipe):
     def export(self, folder: Path, weights: nn.Module) -> None:
         if self.config.lora:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "lora.safetensors").write_bytes(lora_state(weights))
+            write_files({folder / "lora.safetensors": lora_state(weights)})
         with merged(weights) as unet:
             export_folder(
                 folder, self.config, vae=self.vae, clip=self.clip, unet=unet, tokenizer=self.tokenizer, scale=self.scale

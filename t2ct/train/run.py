@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import os
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -85,7 +86,8 @@ def train(
     try:
         where = find_device(device)
         if where.type == "cuda" and ranks()[1] > 1:
-            where = torch.device("cuda", ranks()[0] % torch.cuda.device_count())
+            where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", ranks()[0])) % torch.cuda.device_count())
+            torch.cuda.set_device(where)  # where barriers wait, too
         if made.threads:
             torch.set_num_threads(made.threads)
         if dry_run:
@@ -113,8 +115,10 @@ def _join() -> None:
     """
     if not dist.is_available() or not dist.is_torchelastic_launched() or dist.is_initialized():
         return
+    # What the ranks agree on (stop, skip, the plan) are numbers on the CPU; gradients lie on the GPUs.
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     # hours: the first rank draws previews and writes checkpoints while the others wait
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=12))
+    dist.init_process_group(backend, timeout=timedelta(hours=12))
     atexit.register(_leave)
 
 

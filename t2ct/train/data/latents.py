@@ -6,7 +6,6 @@ where the first stopped.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -176,8 +175,3 @@ def make_latents(
                 source, model, digest, root / split, device, precision=precision, skip_bad=skip_bad, quiet=quiet
             )
     return root
-
-
-def short_hash(content: bytes) -> str:
-    """A name for some bytes."""
-    return hashlib.sha256(content).hexdigest()[:16]

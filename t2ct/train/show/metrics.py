@@ -119,6 +119,9 @@ def status(folder: str | Path) -> dict[str, str]:
         told["memory"] = f"{last['memory_gb']} GB; {100 * float(last['wait_share']):.0f} % of the time waiting for data"
     if valids:
         told["validation"] = ", ".join(f"{name} {value}" for name, value in valids[-1].items())
+    bad = root / "bad.txt"
+    if bad.is_file():
+        told["left out"] = f"{len(bad.read_text(encoding='utf-8').splitlines())} volumes, listed in {bad}"
     kept = sorted(path.stem for path in (root / "checkpoints").glob("step-*.json"))
     told["checkpoints"] = ", ".join(kept) or "none yet"
     told["final"] = str(root / "final") if (root / "final" / "config.json").exists() else "not there yet"
