@@ -245,3 +245,53 @@ def test_save_and_sheet(tmp_path):
     assert np.array_equal(np.asarray(p.volume), p.hu) and p.volume.prompt == p.prompt
     made = contact_sheet([1, 2, 3], tmp_path / "sheet.png", size=(32, 32, 16))
     assert [q.seed for q in made] == [1, 2, 3] and (tmp_path / "sheet.png").stat().st_size > 0
+
+
+def test_sheet_from_the_command_line(tmp_path, capsys):
+    from t2ct.cli import main
+
+    out = tmp_path / "sheet.png"
+    words = ["phantom", "--sheet", str(out), "--size", "32", "32", "16", "--finding"]
+    assert main([*words, "lung nodule:left:large", "--finding", "emphysema"]) == 0
+    assert out.stat().st_size > 0 and f"wrote {out}" in capsys.readouterr().out
+    for wrong, message in (
+        ([*words[:2], "sheet.jpg"], "--sheet: wanted a file that ends in .png, got 'sheet.jpg'"),
+        ([*words[:3], "--overwrite", "--normal"], "--sheet: wanted findings to draw, got --normal"),
+        (words[:3], "wanted a new file"),
+        (["phantom"], "-o, --output: wanted a folder"),
+        (["phantom", "-o", str(tmp_path / "new")], "--seed: wanted an integer from 0, got nothing"),
+    ):
+        assert main(wrong) == 2
+        assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["sheet.png"]
+
+
+@pytest.mark.parametrize(
+    ("finding", "message"),
+    [
+        ({"name": "lymphadenopathy", "kind": "subcarinal", "side": "left"}, "side of lymphadenopathy: wanted nothing"),
+        ({"name": "lymphadenopathy", "size_mm": 5}, "size_mm of lymphadenopathy: wanted 10 to 40 mm, got 5"),
+        ({"name": "medical material", "kind": "sternal wires", "side": "left"}, "side of medical material: wanted"),
+        ({"name": "medical material", "kind": "spoon"}, "kind of medical material: wanted .*got 'spoon'"),
+        ({"name": "bronchiectasis", "side": "left", "lobe": "middle"}, "lobe of bronchiectasis: wanted"),
+    ],
+)
+def test_new_findings_that_are_refused(finding, message):
+    with pytest.raises(ValueError, match=message):
+        phantom(1, [finding], size=(16, 16, 16))
+
+
+def test_every_kind_of_every_finding_is_drawn():
+    for name, disease in FINDINGS.items():
+        for kind in disease.kinds:
+            if kind != "compressive":
+                p = phantom(3, [{"name": name, "kind": kind}], size=SMALL)
+                assert p.present[0].kind == kind
+                assert p.finding_mask(name).any(), (name, kind)
+
+
+def test_a_finding_means_the_same_on_every_grid():
+    """Share of the chest that a finding takes up, on a coarse grid and on one of half the voxels."""
+    for name in ("lung opacity", "mosaic attenuation pattern", "hiatal hernia", "pulmonary fibrotic sequela"):
+        shares = [phantom(4, [name], size=size).finding_mask(name).mean() for size in (SMALL, (128, 128, 64))]
+        assert 0.6 < shares[0] / shares[1] < 1.6, name

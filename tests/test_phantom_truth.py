@@ -1,6 +1,7 @@
 """Masks, vessels, noise and HU of phantoms: what is drawn is what is said, and it obeys the laws it claims."""
 
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -226,3 +227,13 @@ def test_a_sheet_of_findings(tmp_path):
     assert (present != absent).any() and np.median(difference) in range(126, 131)
     with pytest.raises(ValueError, match="names: wanted some of .* got 'flu'"):
         finding_sheet(tmp_path / "no.png", ["flu"])
+
+
+def test_the_docs_name_every_finding():
+    text = (Path(__file__).resolve().parent.parent / "docs/phantoms.md").read_text()
+    assert all(f"| {name} |" in text for name in FINDINGS)
+
+
+@pytest.mark.slow
+def test_the_table_in_the_docs_is_what_the_command_prints():
+    assert markdown(measure()) in (Path(__file__).resolve().parent.parent / "docs/phantoms.md").read_text()

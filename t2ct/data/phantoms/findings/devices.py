@@ -58,8 +58,7 @@ def _wire(scene: Scene, knots: Sequence[Sequence[float]] | Array, radius: float,
     knots = f32(knots)
     line = np.concatenate([knots[:, :3], np.full((len(knots), 1), radius, np.float32)], 1)
     box, alpha = canvas.splat(*tube([path(line, canvas.step)], canvas.step))
-    # Thin wires show by their density: what a voxel lacks in share it has in HU.
-    canvas.paint(box, alpha, hu, ORGAN["medical material"], least=min(0.3, 0.12 * radius))
+    canvas.paint(box, alpha, hu, ORGAN["medical material"], least=canvas.thin(radius))
 
 
 def _block(scene: Scene, centre: Array, axes: Array, half: Sequence[float], hu: float) -> None:

@@ -135,7 +135,7 @@ class CoronaryCalcification(Disease):
         for name in names:
             line = coronary(a, name, 1.0)
             line = line[: int(len(line) * 0.75)]
-            wanted = max(7.0, self.share[size] * len(line))
+            wanted = max(12.0, self.share[size] * len(line))
             done = 0.0
             while done < wanted:
                 long = float(rng.uniform(5, 9) if size == "mild" else rng.uniform(7, 16))
@@ -145,5 +145,6 @@ class CoronaryCalcification(Disease):
                 knots = np.concatenate([part[::2, :3], np.full((len(part[::2]), 1), thick)], 1)
                 if len(knots) >= 2:
                     box, alpha = canvas.splat(*tube([path(knots, canvas.step)], canvas.step))
-                    canvas.paint(box, alpha, float(rng.uniform(750, 1250)), ORGAN[self.name], least=0.2)
+                    canvas.paint(box, alpha, float(rng.uniform(750, 1250)), ORGAN[self.name],
+                                 least=canvas.thin(thick))  # fmt: skip
                 done += long
