@@ -222,7 +222,7 @@ class VAE(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(B, 1, X, Y, Z) in [0, 1] -> mean and standard deviation, each (B, 4, X//4, Y//4, Z//4), x's dtype.
 
-        Without a gradient it runs in patches, exactly, inside `memory_budget`: as `decode`.
+        Without a gradient, or with a budget, it runs in patches, exactly, inside `memory_budget`: as `decode`.
         """
         check_volume("VAE.encode: x", x, self.config.in_channels)
         if min(x.shape[2:]) < self.config.factor:
@@ -241,8 +241,9 @@ class VAE(nn.Module):
         """Latents (B, 4, X, Y, Z) -> (B, 1, 4X, 4Y, 4Z), about [0, 1] (not clipped), z's dtype.
 
         memory_budget  bytes, or "6GB": everything above the weights and z, the result included. None: what the device
-                       has free. Without a gradient the volume is decoded in patches of whole planes, exactly: every
-                       budget gives the same bits. docs/patches.md
+                       has free. The volume is decoded in patches of whole planes, exactly: every budget gives the
+                       same bits. docs/patches.md. Where a gradient is wanted this is so only if a budget is named,
+                       which then holds for the backward pass too: it computes the network again.
         spool_dir      a folder where files may hold tensors that do not fit the budget of a CPU; without it they are
                        computed again. On a GPU they lie in the host's memory.
         hu             int16 HU instead, rounded and clipped to [-1000, 1000]
@@ -272,19 +273,18 @@ class VAE(nn.Module):
         reason = ""
         if watched(x):
             reason = "tensors that are compiled, traced or transformed"
-        elif torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
-            reason = "a gradient"
         elif any(_changed(m) for m in self.modules() if m is not self):
             reason = "modules that were replaced or hooked"
         if reason and budget is not None:
             raise ValueError(f"VAE.{direction}: memory_budget does not go with {reason}")
-        return not reason
+        learns = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+        return not reason and (budget is not None or not learns)
 
     def _stream(self, direction, x, budget, spool_dir, hu: bool = False, step: Step = None) -> Tensor:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         with torch.autocast(kind, enabled=False):
-            parameters = {k: p.detach().to(dtype) for k, p in self.named_parameters()}
+            parameters = {k: p.to(dtype) for k, p in self.named_parameters()}
             return stream.execute(self.nodes(direction), parameters, x.to(dtype), budget, spool_dir,
                                   unit_to_hu if hu else None, torch.int16 if hu else None, step)  # fmt: skip
 

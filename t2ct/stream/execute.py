@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from t2ct.ops.dispatch import channels_last, why_not
+from t2ct.ops.dispatch import channels_last, forced, why_not
 from t2ct.stream.budget import free_memory, parse_bytes
+from t2ct.stream.gradient import differentiable, plan_backward
 from t2ct.stream.graph import Graph, Node
 from t2ct.stream.plan import Plan, make_plan
 from t2ct.stream.run import Run, planes_of
@@ -29,17 +30,24 @@ def plan_for(
 ) -> Plan:
     """The plan for x of `shape` (N, C, X, Y, Z): see `execute`. ValueError where no plan fits the budget."""
     device = torch.device(device)
-    generic = device.type != "cuda" and why_not("cpu", "cpu", dtype) is not None
+    compiled = forced() in (None, "cpu") and why_not("cpu", "cpu", dtype) is None
+    generic = device.type != "cuda" and not compiled
     graph = Graph(tuple(nodes), tuple(shape[2:]), dtype.itemsize, device.type, generic)  # type: ignore[arg-type]
     itemsize = output_itemsize or dtype.itemsize
-    budget = free_memory(device) if memory_budget is None else parse_bytes(memory_budget)
+    budget = _bytes(memory_budget, device)
     # The results of the other samples of the batch are there as well.
     others = (shape[0] - 1) * graph.costs[-1].bytes // graph.itemsize * itemsize
-    spool = device.type == "cuda" or check_folder(spool_dir) is not None
-    return make_plan(graph, max(1, budget - others), spool, itemsize)
+    return make_plan(graph, max(1, budget - others), _may_spool(device, spool_dir), itemsize)
 
 
-@torch.no_grad()
+def _bytes(memory_budget: Budget, device: torch.device) -> int:
+    return free_memory(device) if memory_budget is None else parse_bytes(memory_budget)
+
+
+def _may_spool(device: torch.device, spool_dir: str | Path | None) -> bool:
+    return device.type == "cuda" or check_folder(spool_dir) is not None
+
+
 def execute(
     nodes: Sequence[Node],
     parameters: Mapping[str, Tensor],
@@ -58,13 +66,36 @@ def execute(
     spool_dir          a folder for files, so that on a CPU tensors may lie there; a GPU's lie in its host's memory
     convert            a tile of the last node, (x, Y, Z, C) -> what is stored of it, in output_dtype
     step               called after every tile with the operations done
-    Returns            (N, C', X', Y', Z'), channels-last
-    Raises             ValueError where no plan fits, OSError where the spool's disk has no room.
+    Returns            (N, C', X', Y', Z'), channels-last; differentiable in x and parameters where gradients are on and
+                       wanted: then the budget holds for the backward pass as well, and nothing is kept between the two
+    Raises             ValueError where no plan fits, or where a gradient of what is converted is wanted; OSError where
+                       the spool's disk has no room.
     """
     plan = plan_for(nodes, x.shape, x.dtype, x.device, memory_budget, spool_dir,
                     output_dtype.itemsize if output_dtype else None)  # fmt: skip
-    *size, channels = *plan.graph.sizes[-1], nodes[-1].channels
-    result = torch.empty(len(x), *size, channels, dtype=output_dtype or x.dtype, device=x.device)
-    for sample, out in zip(x.split(1), result, strict=True):
-        Run(plan, parameters, planes_of(sample), out, spool_dir, convert, step)()
-    return channels_last(result.permute(0, 4, 1, 2, 3))
+
+    def forward(parameters: Mapping[str, Tensor], x: Tensor) -> tuple[Tensor, list]:
+        *size, channels = *plan.graph.sizes[-1], nodes[-1].channels
+        result = torch.empty(len(x), *size, channels, dtype=output_dtype or x.dtype, device=x.device)
+        stats = []
+        for sample, out in zip(x.split(1), result, strict=True):
+            run = Run(plan, parameters, planes_of(sample), out, spool_dir, convert, step)
+            run()
+            stats.append(run.stats)
+        return channels_last(result.permute(0, 4, 1, 2, 3)), stats
+
+    learns = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters.values()))
+    if not learns:
+        with torch.no_grad():
+            return forward(parameters, x)[0]
+    if convert is not None:
+        raise ValueError("convert: a gradient is wanted, and integers have none")
+    names = [part for node in nodes for part in (node.name, node.norm, node.shortcut) if part]
+    used = {f"{name}.{kind}": parameters[f"{name}.{kind}"] for name in names for kind in ("weight", "bias")}
+    # Beside a sample's backward pass: the result and its gradient, the input's, the parameters' as they are added up
+    # and as they are returned.
+    wide = 4 if x.itemsize < 4 else x.itemsize
+    beside = 2 * len(x) * plan.graph.costs[-1].bytes + x.nbytes + sum(p.numel() for p in used.values()) * 2 * wide
+    room = _bytes(memory_budget, x.device) - beside
+    backward = plan_backward(plan.graph, room, _may_spool(x.device, spool_dir), beside)
+    return differentiable(forward, backward, spool_dir, used, x)
