@@ -41,7 +41,7 @@ class Settings:
 
 FULL = Settings()
 QUICK = Settings(
-    count=64, steps=10, swept=12, guidances=(0.0, 1.0, 5.0, 15.0), step_counts=(2, 5, 10, 30), known=64
+    count=64, steps=10, swept=10, guidances=(0.0, 1.0, 5.0, 15.0), step_counts=(2, 5, 10, 30), known=64
 )  # fmt: skip
 
 

@@ -30,16 +30,17 @@ TELLS = {
     "fid_2_5d": "Fréchet distance of slices' features, mean of three planes, extrapolated to infinitely many volumes",
     "fid_3d": "of volumes' features, extrapolated",
     "fid_axial": "of axial slices", "fid_coronal": "of coronal slices", "fid_sagittal": "of sagittal slices",
-    "fid_2_5d_of_n": "the usual one, too large by what n volumes add", "fid_3d_of_n": "likewise",
-    "kid_2_5d": "kernel distance, unbiased for any n", "kid_3d": "likewise",
+    "fid_2_5d_of_n": "the usual distance of slices, too large by what n volumes add",
+    "fid_3d_of_n": "the usual distance of volumes, too large by what n volumes add",
+    "kid_2_5d": "kernel distance of slices, unbiased for any n", "kid_3d": "of volumes, unbiased for any n",
     "fvd_vlm3d": "mean of groups of four pairs, as the VLM3D challenge",
     "fid_3d_of_training_volumes": "unseen against training volumes: what real against real comes to",
-    "kid_3d_of_training_volumes": "likewise",
+    "kid_3d_of_training_volumes": "real against real, unbiased",
     **{f"{kind}_{mean}_{side}": f"{told}, {how}, on {side} volumes" for side in ("real", "generated")
        for kind, told in (("auc", "the judge's AUC"), ("precision", "its precision at probability 0.5"))
        for mean, how in (("macro", "mean of findings"), ("weighted", "weighed by cases"))},
     "calibration_error_real": "of the judge's probabilities, on real volumes",
-    "calibration_error_generated": "likewise, on generated volumes",
+    "calibration_error_generated": "of the judge's probabilities, on generated volumes",
     **{f"map_at_{k}": f"findings shared with the {k} nearest other real volumes, Jaccard index" for k in RANKS},
     **{f"map_at_{k}_with_itself": "where a volume finds itself too: as CT-CLIP's script" for k in RANKS},
     **{f"map_at_{k}_generated_to_real": f"of a generated volume with the {k} nearest real ones" for k in RANKS},
@@ -49,7 +50,7 @@ TELLS = {
        for space, unit in (("embedding", "root mean square"), ("pixel", "root mean square HU"))
        for side in ("generated", "unseen")},
     "auc_macro_generated_minus_real": "below 0: findings are lost",
-    "auc_macro_generated_over_real": "likewise, as a share",
+    "auc_macro_generated_over_real": "their share that is kept",
     "zero_shot_auc": "real volumes, \"X is present.\" against \"X is not present.\"",
     "zero_shot_auc_generated": "generated volumes",
     "clip_score": "100 cos(generated, report)", "clip_score_of_real": "100 cos(real, report)",
@@ -57,7 +58,7 @@ TELLS = {
     "auc_real": "probe trained on real volumes", "auc_synthetic": "on generated ones",
     "auc_real_and_synthetic": "on both", "auc_gained_by_synthetic": "both minus real",
     "too_close_embedding": "share nearer to a training volume than 95 % of unseen real ones; by chance 0.05",
-    "too_close_pixel": "likewise, voxel by voxel",
+    "too_close_pixel": "the same voxel by voxel; by chance 0.05",
     "auc_macro": "of the judge, mean over findings", "precision_macro": "of the judge, at probability 0.5",
 }  # fmt: skip
 Row = tuple[str, dict[str, Any]]
