@@ -53,6 +53,23 @@ def main(*paths: str) -> None:
                     f"{s[peer] / s['monai']:.2f} | {megabytes(m['monai'])} | {megabytes(m[peer])} | "
                     f"{m[peer] / m['monai']:.2f} | {error[peer]:.1e} |"
                 )
+    steps = [row for row in rows if "step_ratio" in row["extra_info"]]
+    if steps:
+        print("\nTraining: whole steps with the optimiser's, random weights. UNet 64/128/256/512 on 1x4x16x16x8")
+        print("latents; VAE and critic on a 32^3 patch; CLIP3D with small towers, its gradients cached. The other is")
+        print("MONAI with torch's fused AdamW in the faster of two memory formats, or the same batch at once. A")
+        print("process each, which take turns. Memory: beyond weights and gradients, where these lie there already,")
+        print("and where they are made anew.\n")
+        print("| step | other | t2ct | time ratio | memory, other | t2ct | ratio | made anew, other | t2ct | ratio |")
+        print("|---|---|---|---|---|---|---|---|---|---|")
+        for row in steps:
+            e = row["extra_info"]
+            other, mine = e["best_peer"], e["mine"]
+            cells = [f"{e['step'][other]:.2f} s", f"{e['step'][mine]:.2f} s", f"{e['step_ratio']:.2f}"]
+            for kind, ratio in (("activations", "activation_ratio"), ("activations_anew", "activation_anew_ratio")):
+                cells += [megabytes(e[kind][other]), megabytes(e[kind][mine]), f"{e[ratio]:.2f}"]
+            name = row["name"].removeprefix("test_step").strip("[]").removeprefix("test_").replace("_", " ")
+            print(f"| {name} | {' | '.join(cells)} |")
     ops: dict[str, dict[str, dict]] = {}
     for row in rows:
         if "peer" in row["extra_info"]:

@@ -1,7 +1,7 @@
 """Training steps: this package's, as its loop makes them, and MONAI's networks with the same weights and torch's AdamW.
 
 As a program it is one peer that waits for orders on stdin and answers each with a line (benchmarks/bench_training.py):
-"step" (seconds), "memory" (bytes), "gradients FILE".
+"step" (seconds), "memory" (two numbers of bytes), "gradients FILE".
 """
 
 import sys
@@ -160,11 +160,17 @@ def monai(kind, precision, layout):
 
 
 def activations(gradients, parts):
-    """Bytes beyond weights and their gradients, which lie there already, at the highest moment of computing them."""
+    """Bytes beyond weights and gradients at the highest moment of computing them: where gradients lie there already,
+    as in an update of several micro-batches, and where they are made anew."""
     from t2ct.train.memory.measure import peak_of
 
     gradients()
-    return round(peak_of(gradients, torch.device("cpu")))
+    there = round(peak_of(gradients, torch.device("cpu")))
+    every = [p for part in parts.values() for p in part.values() if p.grad is not None]
+    kept = sum(p.grad.nbytes for p in every)
+    for p in every:
+        p.grad = None
+    return there, round(peak_of(gradients, torch.device("cpu"))) - kept
 
 
 def main(kind, precision, peer):
@@ -182,7 +188,7 @@ def main(kind, precision, peer):
                 run()
                 print(time.perf_counter() - started, flush=True)
             elif order == "memory":
-                print(activations(gradients, parts), flush=True)
+                print(*activations(gradients, parts), flush=True)
             elif order == "gradients":
                 for part in parts.values():
                     for p in part.values():
