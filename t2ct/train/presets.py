@@ -79,7 +79,7 @@ TINY = PipelineConfig(
 
 # What `--data` is when nothing is said.
 DEFAULT_DATA = {"tiny": "phantoms:64", "embedded": "phantoms:6000"}
-JUDGE_DATA = {"tiny": "phantoms:200", "embedded": "phantoms:6000"}
+JUDGE_DATA = {"tiny": "phantoms:120", "embedded": "phantoms:4000"}
 OWN_TERMS = {  # of a VAE too small, and trained too briefly, for a critic
     "augment": False,
     "perceptual": "none",
@@ -184,7 +184,7 @@ JUDGES = {
     ),
     "embedded": _JUDGE,
     "tiny": replace(
-        _JUDGE, steps=200, warmup=10.0, ema=0.95, valid_every=0, valid_count=25, workers=0, threads=1,
+        _JUDGE, steps=150, warmup=10.0, ema=0.95, valid_every=0, valid_count=15, threads=1,
         model=JudgeConfig(size=(32, 32, 32), channels=(8, 16, 32)),
     ),
 }  # fmt: skip
