@@ -29,29 +29,29 @@ EXACT = ["-ffp-contract=off"]  # a part of a result has the bits of the whole; m
 # One unit per instruction set: only the unit that is chosen at run time may hold its instructions.
 UNITS = {
     "csrc/bind.cpp": [],
-    "csrc/cpu/conv.cpp": OPENMP,
-    "csrc/cpu/conv_portable.cpp": [],
+    "csrc/cpu/conv/conv.cpp": OPENMP,
+    "csrc/cpu/conv/portable.cpp": [],
     "csrc/cpu/narrow/narrow.cpp": OPENMP,
     "csrc/cpu/narrow/portable.cpp": EXACT,
-    "csrc/cpu/norm.cpp": OPENMP,
-    "csrc/cpu/norm_portable.cpp": [],
+    "csrc/cpu/norm/norm.cpp": OPENMP,
+    "csrc/cpu/norm/portable.cpp": [],
     "csrc/cpu/resample/resample.cpp": OPENMP,
     "csrc/cpu/resample/portable.cpp": EXACT,
     "csrc/cuda/merge.cpp": EXACT,
 }
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
-BFLOAT16_UNIT, BFLOAT16_FLAG = "csrc/cpu/conv_avx512bf16.cpp", "-mavx512bf16"  # gcc 10, clang 9 and later have it
+BFLOAT16_UNIT, BFLOAT16_FLAG = "csrc/cpu/conv/avx512bf16.cpp", "-mavx512bf16"  # gcc 10, clang 9 and later have it
 if X86:
     FLAGS.append("-DT2CT_X86")
     UNITS |= {
-        "csrc/cpu/conv_avx2.cpp": AVX2,
-        "csrc/cpu/conv_avx512.cpp": AVX512,
+        "csrc/cpu/conv/avx2.cpp": AVX2,
+        "csrc/cpu/conv/avx512.cpp": AVX512,
         BFLOAT16_UNIT: [*AVX512, BFLOAT16_FLAG],
         "csrc/cpu/narrow/avx2.cpp": [*AVX2, *EXACT],
         "csrc/cpu/narrow/avx512.cpp": [*AVX512, *EXACT],
-        "csrc/cpu/norm_avx2.cpp": AVX2,
-        "csrc/cpu/norm_avx512.cpp": AVX512,
+        "csrc/cpu/norm/avx2.cpp": AVX2,
+        "csrc/cpu/norm/avx512.cpp": AVX512,
         "csrc/cpu/resample/avx2.cpp": [*AVX2, *EXACT],
         "csrc/cpu/resample/avx512.cpp": [*AVX512, *EXACT],
     }

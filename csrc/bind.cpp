@@ -7,9 +7,9 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/conv.h"
+#include "cpu/conv/conv.h"
 #include "cpu/narrow/narrow.h"
-#include "cpu/norm.h"
+#include "cpu/norm/norm.h"
 #include "cpu/resample/resample.h"
 #include "cuda/driver.h"
 #include "cuda/merge.h"

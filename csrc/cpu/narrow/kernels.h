@@ -1,5 +1,5 @@
 // The serial kernel of narrow.h, written once in the compiler's vector types and compiled once per instruction set: the
-// including file sets T2CT_WIDTH (floats in a register). No standard library here: see norm_kernels.h. setup.py compiles
+// including file sets T2CT_WIDTH (floats in a register). No standard library here: see norm/kernels.h. setup.py compiles
 // these units with -ffp-contract=off: multiply_add says what is fused.
 #include "../vectors.h"
 #include "narrow.h"

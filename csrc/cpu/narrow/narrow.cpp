@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "../bfloat16.h"
-#include "../norm.h"  // the list of instruction sets
+#include "../norm/norm.h"  // the list of instruction sets
 
 namespace t2ct {
 namespace {

@@ -1,5 +1,5 @@
 // The serial kernels of resample.h, written once in the compiler's vector types and compiled once per instruction set:
-// the including file sets T2CT_WIDTH (floats in a register). No standard library here: see norm_kernels.h.
+// the including file sets T2CT_WIDTH (floats in a register). No standard library here: see norm/kernels.h.
 //
 // setup.py compiles these units with -ffp-contract=off: which products a compiler fuses may differ from copy to copy of
 // a loop, and the bits with it. multiply_add says what is fused.

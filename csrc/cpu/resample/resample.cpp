@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "../norm.h"  // the list of instruction sets
+#include "../norm/norm.h"  // the list of instruction sets
 
 namespace t2ct {
 namespace {

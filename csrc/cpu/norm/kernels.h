@@ -4,7 +4,7 @@
 // Nothing of the standard library is used here: an inline function of it compiled for AVX-512 could be the copy that
 // the linker keeps for everyone.
 #include "norm.h"
-#include "vectors.h"
+#include "../vectors.h"
 
 namespace t2ct {
 namespace {

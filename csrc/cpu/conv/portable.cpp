@@ -1,5 +1,5 @@
 #define T2CT_WIDTH 4
-#include "conv_kernels.h"
+#include "kernels.h"
 
 namespace t2ct {
 const ConvKernel conv_portable = {"portable", V * W, multiply};

@@ -1,5 +1,5 @@
 #define T2CT_WIDTH 8
-#include "conv_kernels.h"
+#include "kernels.h"
 
 namespace t2ct {
 const ConvKernel conv_avx2 = {"avx2", V * W, multiply};

@@ -1,5 +1,5 @@
 #define T2CT_WIDTH 16
-#include "conv_kernels.h"
+#include "kernels.h"
 
 namespace t2ct {
 const ConvKernel conv_avx512 = {"avx512", V * W, multiply};

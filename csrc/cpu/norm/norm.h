@@ -1,5 +1,5 @@
 // Group normalisation of channels-last memory on the CPU: what the dispatcher (norm.cpp) and the serial kernels of one
-// instruction set (norm_kernels.h) say to each other.
+// instruction set (kernels.h) say to each other.
 //
 // A tensor is n samples of `voxels` voxels of C numbers, float32 or bfloat16. Work is cut into blocks of voxels whose
 // size depends on C alone, never on the number of threads, so that every sum is taken in one order and a result has the

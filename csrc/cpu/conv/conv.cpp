@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "bfloat16.h"
-#include "norm.h"  // the list of instruction sets
+#include "../bfloat16.h"
+#include "../norm/norm.h"  // the list of instruction sets
 
 namespace t2ct {
 namespace {

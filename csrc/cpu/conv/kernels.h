@@ -1,8 +1,8 @@
 // The kernel of conv.h, compiled once per instruction set. The including file sets T2CT_WIDTH (floats in a register), and
 // T2CT_PAIRS for bfloat16, whose numbers are multiplied two at a time (VDPBF16PS). No standard library here: see
-// norm_kernels.h.
+// norm/kernels.h.
 #include "conv.h"
-#include "vectors.h"
+#include "../vectors.h"
 
 namespace t2ct {
 namespace {

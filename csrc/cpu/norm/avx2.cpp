@@ -1,5 +1,5 @@
 #define T2CT_WIDTH 8
-#include "norm_kernels.h"
+#include "kernels.h"
 
 namespace t2ct {
 const NormKernels norm_avx2[2] = {table<float>("avx2"), table<uint16_t>("avx2")};
