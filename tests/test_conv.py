@@ -277,7 +277,7 @@ def test_the_work_of_a_smoothed_tile_is_an_upper_bound():
     c, size, planes = 128, (8, 16, 16), 4
     x, w, b = make((1, c, *size), c, torch.float32)
     with torch.no_grad():
-        folded, window = smooth_conv.prepare(w, b), torch.empty(smooth_conv.window_shape(planes, size, c))
+        folded, window = smooth_conv.prepare(w, b), torch.empty(smooth_conv.window_shape(planes, size, c, c))
         (y, cells), _ = peak_bytes(lambda: smooth_conv.tile(folded, x[:, :, :3], 0, planes, size[0], None, window))
         low = x[:, :, 1:5]
         _, seen = peak_bytes(lambda: smooth_conv.tile(folded, low, planes, 2 * planes, size[0], cells, window))

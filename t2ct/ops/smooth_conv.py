@@ -75,25 +75,31 @@ def prepare(weight: Tensor, bias: Tensor | None) -> Folded:
 @dataclass(frozen=True)
 class Work:
     """Bytes for a tile beside window and result. kept: the folded weights and the plane of cells that wait for the next
-    tile; made: more than these and the result, at the worst moment."""
+    tile; made: more than these, at the worst moment."""
 
     kept: int
     made: int
+
+
+def part(planes: int, size: tuple[int, int, int], channels: int, outputs: int) -> int:
+    """Of a tile of `planes` planes, those that one convolution computes: few, for its result is larger than theirs, but
+    with twice as many numbers as there are weights, which it lays anew."""
+    return min(planes, max(2, 2 * -(-2 * 64 * channels // (8 * (size[1] + 1) * (size[2] + 1)))))
 
 
 def work(planes: int, size: tuple[int, int, int], channels: int, outputs: int, itemsize: int) -> Work:
     """Upper bounds for a tile of `planes` planes, from x of `size` voxels."""
     _, y, z = size
     plane = 8 * outputs * (y + 1) * (z + 1)
-    cells, result = planes // 2 * plane, planes * 4 * y * z * outputs
+    cells = part(planes, size, channels, outputs) // 2 * plane
     blocks = -(-outputs // LANES) * -(-channels // LANES) * LANES**2  # weights of one tap as oneDNN lays them
-    made = max(64 * blocks + cells - result, plane + cells) + 32 * outputs  # and biases, one for every phase
+    made = cells + max(64 * blocks, plane) + 32 * outputs  # and biases, one for every phase
     for n, m in ((y, z), (planes // 2 + 1, y), (planes // 2 + 1, z)):  # faces
         edge, doubled, padded = n * m * channels, 8 * n * m * channels, 4 * (n + 1) * (m + 1) * channels
         convolved = padded + 18 * blocks + 4 * n * m * outputs  # once more as it is convolved, weights, result
         made = max(made, plane + edge + padded + max(doubled, convolved))
-    folding = 128 * 4 * LANES * channels  # in float32, before there is a result
-    return Work((64 * outputs * channels + plane) * itemsize, max(made * itemsize, folding - result * itemsize))
+    folding = 128 * 4 * LANES * channels  # in float32
+    return Work((64 * outputs * channels + plane) * itemsize, max(made * itemsize, folding))
 
 
 def flops(size: tuple[int, int, int], channels: int, outputs: int) -> int:
@@ -103,9 +109,9 @@ def flops(size: tuple[int, int, int], channels: int, outputs: int) -> int:
     return 2 * channels * outputs * (64 * (x + 1) * (y + 1) * (z + 1) + 9 * faces)
 
 
-def window_shape(planes: int, size: tuple[int, int, int], channels: int) -> tuple[int, int, int, int]:
+def window_shape(planes: int, size: tuple[int, int, int], channels: int, outputs: int) -> tuple[int, int, int, int]:
     """Of the window through which a tile of `planes` planes sees x of `size`: (X, Y, Z, C)."""
-    return planes // 2 + 2, size[1] + 2, size[2] + 2, channels
+    return part(planes, size, channels, outputs) // 2 + 2, size[1] + 2, size[2] + 2, channels
 
 
 def sources(start: int, stop: int, planes: int) -> tuple[int, int]:
@@ -115,36 +121,52 @@ def sources(start: int, stop: int, planes: int) -> tuple[int, int]:
 
 def tile(
     folded: Folded, low: Tensor, start: int, stop: int, planes: int, before: Tensor | None = None,
-    window: Tensor | None = None,
+    window: Tensor | None = None, out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Planes [start, stop) of the result.
 
     low      (1, C, n, Y, Z), channels-last: the planes `sources(start, stop, planes)` of x, which has `planes`
     before   the last plane of cells of the tile before this one, which is then not computed again; None at start 0
     window   (X, Y, Z, C), of `window_shape` or longer: memory to work in
+    out      where the result goes, of its shape and channels-last
     Returns  (1, O, stop - start, 2Y, 2Z), channels-last; and the last plane of cells, for the tile that follows.
     """
-    o, first = len(folded.weight), sources(start, stop, planes)[0]
+    o, c = folded.weight.shape[:2]
+    size = planes, *low.shape[3:]
+    if window is None:
+        window = low.new_empty(window_shape(stop - start, size, c, o))  # type: ignore[arg-type]
+    y = out
+    if y is None:
+        y = torch.empty(1, o, stop - start, *(2 * n for n in size[1:]), dtype=low.dtype, memory_format=LAST)
+    step = part(stop - start, size, c, o)  # type: ignore[arg-type]
+    first = sources(start, stop, planes)[0]
+    for a in range(start, stop, step):
+        b = min(a + step, stop)
+        before = _cells(folded, low, a, b, planes, first, before, window, y[:, :, a - start : b - start])
+    _faces(folded, low, y, start, stop, planes)
+    assert before is not None
+    return y, before
+
+
+def _cells(
+    folded: Folded, low: Tensor, start: int, stop: int, planes: int, first: int, before: Tensor | None, window: Tensor,
+    y: Tensor,
+) -> Tensor:  # fmt: skip
+    """Planes [start, stop) of the result into y, but for the faces; returns the last plane of cells. first: the plane
+    of x that is low's first."""
     begin = start // 2 - (before is None)
     count = stop // 2 - begin + 1
     source = low[0].permute(1, 2, 3, 0)
-    if window is None:
-        window = low.new_empty(window_shape(stop - start, (planes, *low.shape[3:]), low.shape[1]))  # type: ignore[arg-type]
-    window = window[:count]
     for i in range(count):
         plane = window[i]
         plane[1:-1, 1:-1] = source[min(max(begin + i, 0), planes - 1) - first]
         plane[0, 1:-1], plane[-1, 1:-1] = plane[1, 1:-1], plane[-2, 1:-1]
         plane[:, 0], plane[:, -1] = plane[:, 1], plane[:, -2]
-    cells = convolve(window.unsqueeze(0).permute(0, 4, 1, 2, 3), folded.cells, folded.shift, 1, 0)
-    y = torch.empty(1, o, stop - start, *(2 * n for n in low.shape[3:]), dtype=low.dtype, memory_format=LAST)
-    shape = (1, count - 1 + (before is not None), *cells.shape[3:], o, low.dtype == torch.bfloat16)
+    cells = convolve(window[:count].unsqueeze(0).permute(0, 4, 1, 2, 3), folded.cells, folded.shift, 1, 0)
+    shape = (1, count - 1 + (before is not None), *cells.shape[3:], y.shape[1], low.dtype == torch.bfloat16)
     native().smooth(shape, 0 if before is None else before.data_ptr(), cells.data_ptr(), y.data_ptr(),
                     torch.get_num_threads(), norm_cpu.ISA)  # fmt: skip
-    kept = cells[:, :, -1:].clone(memory_format=LAST)
-    del cells
-    _faces(folded, low, y, start, stop, planes)
-    return y, kept
+    return cells[:, :, -1:].clone(memory_format=LAST)
 
 
 def _faces(folded: Folded, low: Tensor, y: Tensor, start: int, stop: int, planes: int) -> None:

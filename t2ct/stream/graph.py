@@ -212,7 +212,7 @@ class Graph:
         node, planes = self.nodes[n], self.thickest(n)
         (_, y, z), c = self.sizes[node.source], self.nodes[node.source].channels
         if self.smooth(n):
-            return smooth_conv.window_shape(planes, self.sizes[node.source], c)
+            return smooth_conv.window_shape(planes, self.sizes[node.source], c, node.channels)
         if node.resample == "down":
             return 2 * planes + 1, y + 1, z + 1, c
         halo = 0 if self.single(n) else 2

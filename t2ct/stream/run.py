@@ -16,7 +16,7 @@ from t2ct import ops
 from t2ct.ops import smooth_conv
 from t2ct.ops.dispatch import channels_last
 from t2ct.stream.plan import Plan
-from t2ct.stream.simulate import HELD, OUTPUT, SPOOL, Pass, aligned
+from t2ct.stream.simulate import HELD, OUTPUT, SPOOL, Pass, aligned, direct
 from t2ct.stream.spool import FileSpool, PinnedSpool
 
 DOUBLED = 8  # planes that are doubled at a time: the generic form makes some around them, which then stay few
@@ -81,11 +81,13 @@ class Run:
             spool.wait()
         kept = []
         tiles = Tiles(self, n, p, again)
+        if step.store and direct(self.graph, n, self.plan.place[n]):
+            tiles.into = self.memory[n]
         for start, stop in self.graph.tiles(n):
             tile = next(tiles)
             if self._wants_stats(n):
                 kept.append(self._tile_stats(n, tile))
-            if step.store:
+            if step.store and tiles.into is None:
                 self._store(n, start, stop, tile)
             del tile
             if self.step is not None:
@@ -154,6 +156,7 @@ class Tiles:
         self.weight, self.bias = self._weights(self.node.name)
         self.folded = smooth_conv.prepare(self.weight, self.bias) if self.graph.smooth(n) else None
         self.cells: Tensor | None = None  # of the tile before, where the doubling is folded
+        self.into: Tensor | None = None  # the whole node, where tiles are written to it
 
     def __next__(self) -> Tensor:
         start, stop = next(self.ranges)
@@ -179,7 +182,8 @@ class Tiles:
         planes = self.graph.sizes[self.node.source][0]
         low = volume(self.view(self.node.source, *smooth_conv.sources(start, stop, planes)))
         assert self.folded is not None
-        y, self.cells = smooth_conv.tile(self.folded, low, start, stop, planes, self.cells, self.window)
+        out = None if self.into is None else volume(self.into[start:stop])
+        y, self.cells = smooth_conv.tile(self.folded, low, start, stop, planes, self.cells, self.window, out)
         return planes_of(y)
 
     def _weights(self, name: str) -> tuple[Tensor, Tensor]:

@@ -92,14 +92,19 @@ def chain_of(graph: Graph, place: Sequence[str], n: int) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def _outside(graph: Graph, runs: Sequence[int]) -> int:
+def direct(graph: Graph, n: int, place: str) -> bool:
+    """Are node n's tiles written to where it lies, without a tensor of their own?"""
+    return place == MEMORY and graph.smooth(n)
+
+
+def _outside(graph: Graph, runs: Sequence[int], place: str) -> int:
     """Bytes beside the arena: the tiles that convolutions return, of recomputed nodes all that are held; what is kept
     from tile to tile; and of the convolution that takes most its weights, channels-last and once more as the library
     wants them, and what it makes on the way."""
     *chain, n = runs
     costs = graph.costs
     held = sum(costs[r].kept + costs[r].statistics for r in runs) + sum(HELD * costs[r].tile for r in chain)
-    own = costs[n].tile * (1 + bool(graph.nodes[n].shortcut))
+    own = 0 if direct(graph, n, place) else costs[n].tile * (1 + bool(graph.nodes[n].shortcut))
     meanwhile = own if graph.nodes[n].residual in chain else 0  # what is read into the window is there before the tile
 
     def making(r: int) -> int:
@@ -154,7 +159,7 @@ def simulate(graph: Graph, place: Sequence[str], nodes: range) -> Simulation:
         files = {m: size for m, size in files.items() if last.get(m, len(steps)) > p}
         passes.append(Pass(
             n, store, chain, in_place,
-            _outside(graph, runs), sum(graph.costs[r].flops for r in runs), moved,
+            _outside(graph, runs, place[n]), sum(graph.costs[r].flops for r in runs), moved,
         ))  # fmt: skip
     return Simulation(tuple(passes), (*done, *held.values()), most)
 
