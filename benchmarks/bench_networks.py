@@ -41,13 +41,14 @@ CASES += [] if CUDA else [("vae 128x128x64", "bfloat16"), ("vae encode", "bfloat
 
 @pytest.mark.parametrize("network,dtype", CASES)
 def test_network(network, dtype, benchmark):
-    within = (f"t2ct {BUDGET}",) if network == "vae 128x128x64" else ()
+    within = (f"t2ct {BUDGET}", "monai windows") if network == "vae 128x128x64" else ()
     peers = {name: build(network, name, dtype) for name in PEERS + within}
     times: dict[str, list[float]] = {name: [] for name in peers}
     with torch.inference_mode():
         exact = build(network, "monai", "float32")().double()
         errors = {name: ((run().double() - exact).norm() / exact.norm()).item() for name, run in peers.items()}
-        assert all(e <= TOLERANCE[dtype] for e in errors.values()), f"wrong before fast: {errors}"
+        right = {name: e <= TOLERANCE[dtype] for name, e in errors.items()}  # windows are not the network
+        assert all(right[name] for name in peers if name != "monai windows"), f"wrong before fast: {errors}"
         flush = torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE) if CUDA else None
         for _ in range(ROUNDS if network in ("unet", "vae") else 3):  # the larger ones take 10 s and more
             for name, run in peers.items():

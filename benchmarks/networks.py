@@ -57,6 +57,15 @@ def build(network: str, peer: str, dtype: str):
     if peer == "monai compiled":
         passing = torch.compile(passing)
 
+    if peer == "monai windows":  # the published 80 of 128 latent voxels along X and Y, all of Z
+        from monai.inferers import SlidingWindowInferer
+
+        roi = [round(n * 80 / 128) for n in INPUTS[network][1:3]] + [INPUTS[network][3]]
+        inferer = SlidingWindowInferer(roi_size=roi, sw_batch_size=1, overlap=0.4, mode="gaussian")
+
+        def passing(z):
+            return inferer(z, theirs.decode)
+
     def run():  # bfloat16 by autocast, as MAISI runs it: its average pooling has no bfloat16 of its own on a CPU
         with torch.autocast(DEVICE, wanted, enabled=dtype != "float32"):
             if network == "vae encode":

@@ -46,8 +46,8 @@ def main(*paths: str) -> None:
         print("|---|---|---|---|---|---|---|---|")
         for name, e in networks.items():
             s, m, error = e["seconds"], e["memory"], e["error"]
-            for peer in (p for p in s if p.startswith("t2ct")):
-                within = peer.removeprefix("t2ct").replace(" ", ", in ")
+            for peer in (p for p in s if p.startswith("t2ct") or p == "monai windows"):
+                within = peer.removeprefix("t2ct").replace(" ", ", in ").replace("monai,", ", MONAI")
                 print(
                     f"| {name}{within} | {s['monai']:.3f} s | {s[peer]:.3f} s | "
                     f"{s[peer] / s['monai']:.2f} | {megabytes(m['monai'])} | {megabytes(m[peer])} | "

@@ -15,6 +15,7 @@ from torch import Tensor
 from t2ct import ops
 from t2ct.ops import smooth_conv
 from t2ct.ops.dispatch import channels_last
+from t2ct.stream.budget import give_back
 from t2ct.stream.plan import Plan
 from t2ct.stream.simulate import HELD, OUTPUT, SPOOL, Pass, aligned, direct
 from t2ct.stream.spool import FileSpool, PinnedSpool
@@ -96,6 +97,9 @@ class Run:
             again.pop(m).close()
         if kept:
             self._merge(n, kept)
+        del tiles
+        if not self.source.is_cuda:
+            give_back()
 
     def _wants_stats(self, n: int) -> bool:
         return self.graph.normed[n] is not None and n not in self.stats
