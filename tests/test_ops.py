@@ -22,6 +22,7 @@ from t2ct.ops import (
     merge_stats,
     norm,
     resample,
+    upsample_conv,
     use_backend,
 )
 from t2ct.ops.attention import TABLES as ATTENTION
@@ -282,7 +283,9 @@ def test_no_silent_fallback():
 
 def test_explain_lists_every_op():
     rows = explain_rows("cpu")
-    assert [row[1] for row in rows] == [*norm.TABLES, *conv.TABLES, *merge.TABLES, *resample.TABLES, *ATTENTION]
+    assert [row[1] for row in rows] == [
+        *norm.TABLES, *conv.TABLES, *upsample_conv.TABLES, *merge.TABLES, *resample.TABLES, *ATTENTION,
+    ]  # fmt: skip
     assert all(row[0] == "cpu" and row[3] for row in rows)
     with use_backend("reference"):
         assert all(row[2] == "reference" and "forced" in row[3] for row in explain_rows("cpu"))

@@ -23,15 +23,19 @@ SMALL = VAEConfig(channels=(16, 32), norm_groups=8, num_res_blocks=2)
 THREE = VAEConfig(channels=(16, 32, 48), norm_groups=8, num_res_blocks=2)
 
 
+def tiles_of(numbers, monkeypatch):
+    """Tiles of a few planes while a test runs, so that small volumes have many."""
+    monkeypatch.setattr(graphs, "TILE", {"cpu": numbers, "cuda": numbers})
+    for cached in (plans.make_plan, plans.smallest_plan):
+        cached.cache_clear()
+    yield
+    for cached in (plans.make_plan, plans.smallest_plan):
+        cached.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def thin_tiles(monkeypatch):
-    """Tiles of a few planes, so that small volumes have many."""
-    monkeypatch.setattr(graphs, "TILE", {"cpu": 2**12, "cuda": 2**12})
-    plans.make_plan.cache_clear()
-    plans.smallest_plan.cache_clear()
-    yield
-    plans.make_plan.cache_clear()
-    plans.smallest_plan.cache_clear()
+    yield from tiles_of(2**12, monkeypatch)
 
 
 def network(config, dtype=torch.float32):

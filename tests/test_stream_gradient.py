@@ -5,12 +5,10 @@ from itertools import product
 import pytest
 import torch
 from memory import peak_bytes
-from test_stream import SMALL, THREE, inputs, network
+from test_stream import SMALL, THREE, inputs, network, tiles_of
 
 from t2ct import stream
 from t2ct.models import VAE
-from t2ct.stream import graph as graphs
-from t2ct.stream import plan as plans
 from t2ct.stream.gradient import BackwardPlan, plan_backward
 from t2ct.stream.graph import Graph
 from t2ct.stream.simulate import AGAIN, MEMORY, SPOOL
@@ -20,13 +18,7 @@ DIRECTIONS = ("decode", "encode")
 
 @pytest.fixture(autouse=True)
 def thin_tiles(monkeypatch):
-    """Tiles of a few planes, though not so many as to take long."""
-    monkeypatch.setattr(graphs, "TILE", {"cpu": 2**13, "cuda": 2**13})
-    plans.make_plan.cache_clear()
-    plans.smallest_plan.cache_clear()
-    yield
-    plans.make_plan.cache_clear()
-    plans.smallest_plan.cache_clear()
+    yield from tiles_of(2**13, monkeypatch)  # not so many as to take long
 
 
 def whole(vae, direction, x):

@@ -76,7 +76,7 @@ def narrow(x: Tensor, size: Iterable[int]) -> bool:
 
 def backward(dy: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]) -> Gradients:
     """Gradients of x and of the weight, all of one dtype, by torch; a single small volume in two halves."""
-    if dy.dtype is not torch.float32 and narrow(dy, dy.shape[2:]):
+    if dy.itemsize < 4 and narrow(dy, dy.shape[2:]):
         made = _torch(dy.float(), x.float(), weight.float(), 1, wanted)
         return None if made[0] is None else made[0].to(x.dtype), None if made[1] is None else made[1].to(weight.dtype)
     if not _halves(x):

@@ -215,7 +215,7 @@ class Backward:
     def _convolution(self, name: str, out: Tensor, x: Tensor, stride: int, pads: list[int]) -> Tensor:
         """The gradient of a convolution's input from that of its result; those of its parameters are added up."""
         weight = self._parameters(name)[0]
-        if narrow(x, out.shape[2:]):  # bfloat16 would be wrong
+        if x.itemsize < 4 and narrow(x, out.shape[2:]):  # it would be wrong
             out, x, weight = out.float(), x.float(), weight.float()
         dx, dw, db = torch.ops.aten.convolution_backward(
             out, x, weight, [len(weight)], [stride] * 3, pads, [1] * 3, False, [0] * 3, 1, [True] * 3
