@@ -11,38 +11,23 @@ from typing import Any
 
 import numpy as np
 
-from t2ct.data.io import load_volume
 from t2ct.data.volume import NIFTI_SUFFIXES
 from t2ct.train.data.phantoms import PhantomSource
-from t2ct.train.data.source import BadVolume, Entry, Item, Source, fit, hu_evidence
-from t2ct.train.data.tables import Row, read_rows
+from t2ct.train.data.source import BadVolume, Entry, Item, Source, hu_evidence
+from t2ct.train.data.tables import FolderSource, Row, read_rows
 
 LOOKED_AT = 4  # volumes whose voxels are read before anything long starts
 SHOWN = 5  # names in a notice
 Size = tuple[int, int, int]
 
 
-class Volumes:
-    """NIfTI files as they are found, in RAS, HU clipped to +-1000, stretched to `size`. What is no HU is refused."""
+class Volumes(FolderSource):
+    """Volumes to evaluate: what is not in HU is refused, where training would only warn."""
 
-    def __init__(self, rows: Sequence[Row], size: Size):
-        self.entries: Sequence[Entry] = [row.entry for row in rows]
-        self.paths, self.size = [row.path for row in rows], size
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def read(self, index: int) -> Item:
-        path = self.paths[index]
-        try:
-            volume = load_volume(path)
-        except (OSError, ValueError) as error:
-            raise BadVolume(str(error)) from error
-        evidence = hu_evidence(volume.hu)
+    def look(self, hu: np.ndarray, path: Path) -> None:
+        evidence = hu_evidence(hu)
         if evidence:
             raise BadVolume(f"{path}: wanted HU, got a volume with {evidence}")
-        hu, spacing = fit(volume.hu, volume.spacing, self.size)
-        return Item(hu, tuple(float(mm) for mm in spacing))  # type: ignore[arg-type]
 
 
 @dataclass

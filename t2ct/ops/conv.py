@@ -14,13 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from t2ct.ops import conv_autograd, conv_cpu, conv_gradient
+from t2ct.ops.conv_cpu import MANY_WEIGHTS, TORCH_SMALL
 from t2ct.ops.dispatch import Table, candidates, choose, forced, refusal, watched
 
-# csrc reads a convolution's weights once where oneDNN, which reorders them, moves them three times; that pays where
-# there are many weights and few voxels (benchmarks/bench_conv.py).
-MANY_WEIGHTS = 400_000
-# Up to this N * C * X * Y torch's convolution does not ask oneDNN (use_mkldnn in ATen/native/Convolution.cpp).
-TORCH_SMALL = 20480
 MKLDNN = torch.backends.mkldnn.is_available()
 Padding = int | tuple[int, int, int]
 

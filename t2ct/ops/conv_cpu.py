@@ -9,6 +9,11 @@ from torch import Tensor
 from t2ct.ops import norm_cpu
 from t2ct.ops.dispatch import is_channels_last, native, why_not
 
+# csrc reads a convolution's weights once where oneDNN, which reorders them, moves them three times; that pays where
+# there are many weights and few voxels (benchmarks/bench_conv.py).
+MANY_WEIGHTS = 400_000
+# Up to this N * C * X * Y torch's convolution does not ask oneDNN (use_mkldnn in ATen/native/Convolution.cpp).
+TORCH_SMALL = 20480
 # Up to how many voxels the kernel was measured to make a UNet's pass faster (benchmarks/bench_conv.py has it alone).
 FAST_VOXELS = {"avx512": 512, "avx2": 512}
 

@@ -13,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from t2ct.ops.conv_cpu import MANY_WEIGHTS, TORCH_SMALL
 from t2ct.ops.dispatch import channels_last, forced
 
 FEW = 64  # voxels
 NARROW = 2
-MANY_WEIGHTS = 400_000
-TORCH_SMALL = 20480  # up to this N * C * X * Y torch's convolution does not ask oneDNN
 Gradients = tuple[Tensor | None, Tensor | None]
 ONES = [1, 1, 1]
 

@@ -43,6 +43,11 @@ def serves(channels: int, size: tuple[int, int, int]) -> bool:
     return channels % LANES == 0 and min(size) > 1 and cost(size) <= WORTH
 
 
+def padded(channels: int) -> int:
+    """Channels as oneDNN blocks them: in sixteens."""
+    return -(-channels // LANES) * LANES
+
+
 def refusal(x: Tensor, channels: int) -> str | None:
     """Why this form is not for x (N, C, X, Y, Z) and a result of so many channels, or None."""
     reason = why_not("cpu", x.device.type, x.dtype, is_channels_last(x))
@@ -92,12 +97,12 @@ def work(planes: int, size: tuple[int, int, int], channels: int, outputs: int, i
     _, y, z = size
     plane = 8 * outputs * (y + 1) * (z + 1)
     cells = part(planes, size, channels, outputs) // 2 * plane
-    blocks = -(-outputs // LANES) * -(-channels // LANES) * LANES**2  # weights of one tap as oneDNN lays them
+    blocks = padded(outputs) * padded(channels)  # weights of one tap as oneDNN lays them
     made = cells + max(64 * blocks, plane) + 32 * outputs  # and biases, one for every phase
     for n, m in ((y, z), (planes // 2 + 1, y), (planes // 2 + 1, z)):  # faces
-        edge, doubled, padded = n * m * channels, 8 * n * m * channels, 4 * (n + 1) * (m + 1) * channels
-        convolved = padded + 18 * blocks + 4 * n * m * outputs  # once more as it is convolved, weights, result
-        made = max(made, plane + edge + padded + max(doubled, convolved))
+        edge, doubled, around = n * m * channels, 8 * n * m * channels, 4 * (n + 1) * (m + 1) * channels
+        convolved = around + 18 * blocks + 4 * n * m * outputs  # once more as it is convolved, weights, result
+        made = max(made, plane + edge + around + max(doubled, convolved))
     folding = 128 * 4 * LANES * channels  # in float32
     return Work((64 * outputs * channels + plane) * itemsize, max(made * itemsize, folding))
 

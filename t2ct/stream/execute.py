@@ -94,7 +94,7 @@ def execute(
     used = {f"{name}.{kind}": parameters[f"{name}.{kind}"] for name in names for kind in ("weight", "bias")}
     # Beside a sample's backward pass: the result and its gradient, the input's, the parameters' as they are added up
     # and as they are returned.
-    wide = 4 if x.itemsize < 4 else x.itemsize
+    wide = max(4, x.itemsize)
     beside = 2 * len(x) * plan.graph.costs[-1].bytes + x.nbytes + sum(p.numel() for p in used.values()) * 2 * wide
     room = _bytes(memory_budget, x.device) - beside
     backward = plan_backward(plan.graph, room, _may_spool(x.device, spool_dir), beside)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from t2ct import ops
+from t2ct.ops import smooth_conv
 from t2ct.ops.conv_gradient import narrow
 from t2ct.stream.budget import format_bytes
 from t2ct.stream.graph import Graph
@@ -268,7 +269,7 @@ def _reads(graph: Graph, n: int, start: int, stop: int) -> tuple[int, int]:
     """The planes of its source that planes [start, stop) of node n see."""
     node, x = graph.nodes[n], graph.sizes[graph.nodes[n].source][0]
     if node.resample == "up":
-        return max(0, start // 2 - 1), min(x, stop // 2 + 1)
+        return smooth_conv.sources(start, stop, x)
     if node.resample == "down":
         return 2 * start, min(2 * stop + 1, x)
     half = node.kernel // 2

@@ -47,11 +47,6 @@ class Node:
         return (self.source,) if self.residual is None else (self.source, self.residual)
 
 
-def padded(channels: int) -> int:
-    """Channels as a convolution's library blocks them: in sixteens."""
-    return -(-channels // 16) * 16
-
-
 @dataclass(frozen=True)
 class Costs:
     """Bytes of a node whole, of one tile, of its tiles' statistics, of its weights, of these as a library blocks them,
@@ -152,7 +147,8 @@ class Graph:
         shortcut = self.nodes[node.residual].channels if node.shortcut and node.residual is not None else 0
         window = self.window_shape(n) or (0, 0, 0, 0)
         into = self.nodes[node.source].channels
-        weights, reordered = taps * node.channels, node.kernel**3 * padded(into) * padded(node.channels)
+        weights = taps * node.channels
+        reordered = node.kernel**3 * smooth_conv.padded(into) * smooth_conv.padded(node.channels)
         work, flops = smooth_conv.Work(0, self._generic(n)), 2 * x * y * z * node.channels * taps
         if self.smooth(n):
             source, weights, reordered = self.sizes[node.source], 0, 0  # the form has its own

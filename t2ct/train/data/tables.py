@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from t2ct.data.phantoms import LABELS
 from t2ct.text import form_prompt
 from t2ct.train.data.source import BadVolume, Entry, Item, check_hu, fit
@@ -31,7 +33,7 @@ class Row:
 class FolderSource:
     """Volumes in NIfTI files, reoriented to RAS, clipped and stretched to `size`."""
 
-    def __init__(self, rows: list[Row], size: tuple[int, int, int]):
+    def __init__(self, rows: Sequence[Row], size: tuple[int, int, int]):
         self.entries: Sequence[Entry] = [row.entry for row in rows]
         self.size, self.paths = size, [row.path for row in rows]
 
@@ -46,9 +48,13 @@ class FolderSource:
             volume = load_volume(path)
         except (OSError, ValueError) as error:
             raise BadVolume(str(error)) from error
-        check_hu(volume.hu, path.name)
+        self.look(volume.hu, path)
         hu, spacing = fit(volume.hu, volume.spacing, self.size)
         return Item(hu, tuple(float(mm) for mm in spacing))  # type: ignore[arg-type]
+
+    def look(self, hu: np.ndarray, path: Path) -> None:
+        """Say what speaks against a volume being in HU; training goes on with a warning."""
+        check_hu(hu, path.name)
 
 
 def open_folder(

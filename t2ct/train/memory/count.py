@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from t2ct.models import CLIP3D, VAE
-from t2ct.ops.conv import TORCH_SMALL
+from t2ct.ops.conv_cpu import TORCH_SMALL
 from t2ct.ops.dispatch import shapes_alone
 from t2ct.train.config import CLIPTraining, LDMTraining, Training
 from t2ct.train.loop import Run
