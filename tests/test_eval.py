@@ -19,6 +19,7 @@ from small import SMALL, randomised
 
 from t2ct.cli import main
 from t2ct.data.phantoms import LABELS, phantom
+from t2ct.data.phantoms.details import DETAILS
 from t2ct.data.volume import Volume
 from t2ct.eval import bench, compare, evaluate
 from t2ct.eval import run as running
@@ -53,7 +54,7 @@ def model(published, tmp_path_factory):
         save_file(state, folder / f"{name}.safetensors")
     for name in ("tokenizer", "config"):
         shutil.copy(published[name], folder)
-    config = JudgeConfig(size=(16, 16, 16), channels=(8, 16), norm_groups=4)
+    config = JudgeConfig(size=(16, 16, 16), channels=(8, 16), norm_groups=4, details=DETAILS)
     save_file(randomised(Judge(config), 4).state_dict(), folder / "judge.safetensors", {"config": config.to_json()})
     return folder
 
@@ -111,6 +112,15 @@ def test_findings_that_cannot_be_measured_are_named(done):
     assert all((name in each) != (name in gone) for name in LABELS)
     macro = np.mean([row["auc_real"]["value"] for row in each.values()])
     assert results["factual"]["auc_macro_real"]["value"] == pytest.approx(macro)
+
+
+def test_details_that_reports_tell_are_looked_for(done):
+    _, results = done
+    for kind in ("side", "lobe", "size", "size_within_one_class"):
+        real, made = (results["factual"][f"{kind}_{side}"] for side in ("real", "generated"))
+        assert real["n"] == made["n"] > 0 and 0 <= made["value"] <= 1
+    exact, near = (results["factual"][f"{kind}_real"]["value"] for kind in ("size", "size_within_one_class"))
+    assert exact <= near
 
 
 def test_the_page_holds_everything(done):

@@ -207,7 +207,7 @@ class Bench:
                 found[name] = tb.fidelity(real, made, known)
             elif name == "factual":
                 assert self.labels is not None
-                found[name] = tb.factual(real, made, self.labels)
+                found[name] = tb.factual(real, made, self.labels, self.texts if all(self.texts) else None)
             elif name == "alignment":
                 assert self.look.clip is not None
                 found[name] = tb.alignment(self.look.clip, real, made, self.texts, self.labels)

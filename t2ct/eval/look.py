@@ -20,6 +20,7 @@ from t2ct import weights
 from t2ct.checks import EMBEDDED, FILES, find_files
 from t2ct.config import PipelineConfig
 from t2ct.data.phantoms import LABELS
+from t2ct.data.phantoms.details import DETAILS
 from t2ct.models import CLIP3D
 from t2ct.models.judge import FILE, Judge, fit_volume, load_judge
 from t2ct.text import Tokenizer
@@ -34,8 +35,9 @@ HOW = "t2ct train judge --preset embedded --out judge trains one; then --judge j
 class Look:
     """Takes from a volume (X, Y, Z) int16 HU, in float32:
 
-    logits (18,) of the judge; features (F,): of the 3-D backbone, by default the judge; slices (3, SLICES, F): of the
-    2-D backbone, axial, coronal, sagittal; embedding (E,): of CLIP3D, if there is one; pixels: HU on a coarse grid.
+    logits (18,) of the judge; details (D,): its logits of side, lobe and size, if it has them; features (F,): of the
+    3-D backbone, by default the judge; slices (3, SLICES, F): of the 2-D backbone, axial, coronal, sagittal; embedding
+    (E,): of CLIP3D, if there is one; pixels: HU on a coarse grid.
     """
 
     def __init__(
@@ -56,6 +58,8 @@ class Look:
             "features": own[0] if self.solid is None else self.solid(x)[0],
             "pixels": F.adaptive_avg_pool3d(x, PIXELS)[0, 0],
         }
+        if self.judge.config.details == DETAILS:
+            seen["details"] = self.judge.details(own)[0]
         if whole:
             seen["slices"] = torch.stack([self._slices(x, axis) for axis in (2, 1, 0)])
         if self.clip is not None:

@@ -49,6 +49,10 @@ TELLS = {
     **{f"nearest_{space}_{side}": f"{side} volumes' distance to the nearest training volume, mean, {unit}"
        for space, unit in (("embedding", "root mean square"), ("pixel", "root mean square HU"))
        for side in ("generated", "unseen")},
+    **{f"{kind}_{side}": f"{told} that the report tells and the judge finds in {side} volumes"
+       for side in ("real", "generated")
+       for kind, told in (("side", "sides"), ("lobe", "lobes"), ("size", "sizes"),
+                          ("size_within_one_class", "sizes, or their neighbours,"))},
     "auc_macro_generated_minus_real": "below 0: findings are lost",
     "auc_macro_generated_over_real": "their share that is kept",
     "zero_shot_auc": "real volumes, \"X is present.\" against \"X is not present.\"",

@@ -7,11 +7,13 @@ report i. labels: (N, 18) bool.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from t2ct.data.phantoms import LABELS
+from t2ct.data.phantoms.details import details_told, right_by_kind
 from t2ct.eval.look import Clip
 from t2ct.eval.metrics import alignment as al
 from t2ct.eval.metrics import factual as fa
@@ -50,8 +52,9 @@ def fidelity(real: Seen, made: Seen, known: Seen | None = None, paired: bool = T
     return table
 
 
-def factual(real: Seen | None, made: Seen, labels: np.ndarray) -> Table:
-    """The judge's AUC, precision and calibration on real and on generated volumes, and finding by finding."""
+def factual(real: Seen | None, made: Seen, labels: np.ndarray, texts: list[str] | None = None) -> Table:
+    """The judge's AUC, precision and calibration on real and on generated volumes, and finding by finding; of the
+    sides, lobes and sizes that the reports `texts` tell, those that a judge which knows them finds again."""
     table: Table = {}
     sides = {"generated": made} if real is None else {"real": real, "generated": made}
     each: Table = {LABELS[k]: {"cases": int(labels[:, k].sum())} for k in measurable(labels)}
@@ -66,6 +69,11 @@ def factual(real: Seen | None, made: Seen, labels: np.ndarray) -> Table:
             lambda i, p=p: fa.calibration_error(p[i], labels[i]), len(p)  # type: ignore[misc]
         )
         table[f"reliability_{side}"] = fa.reliability(p, labels)
+    if texts is not None and all("details" in seen for seen in sides.values()):
+        told = np.stack([details_told(text) for text in texts])
+        for side, seen in sides.items():
+            for kind, (right, cases) in right_by_kind(seen["details"], told).items():
+                table[f"{kind}_{side}"] = _share(right, cases)
     if real is not None:
         a, b = probabilities(real), probabilities(made)
         table["auc_macro_generated_minus_real"] = difference(fa.aucs, b, a, labels)
@@ -152,6 +160,12 @@ def nearer(real: Seen, first: Seen, second: Seen) -> Table:
         return distance(lambda x, y: statistic(x, y[:, width:]) - statistic(x, y[:, :width]), real["features"], both)
 
     return {"fid_3d": more(frechet_infinity), "kid_3d": more(kid)}
+
+
+def _share(right: np.ndarray, cases: np.ndarray) -> Estimate:
+    """Of the cases of all volumes, how many are right; n: cases, drawn volume by volume for the interval."""
+    found = bootstrap(lambda i: right[i].sum() / cases[i].sum() if cases[i].sum() else float("nan"), len(cases))
+    return replace(found, n=int(cases.sum()))
 
 
 def difference(figures: fa.Figures, scores: np.ndarray, against: np.ndarray, labels: np.ndarray) -> Estimate:

@@ -35,6 +35,7 @@ class JudgeConfig:
     norm_groups: int = 8  # few channels in a group: in larger ones what is small drowns, and is learnt late
     num_res_blocks: int = 1
     classes: int = 18
+    details: tuple[str, ...] = ()  # further questions, of a head of their own: side, lobe, size
     # HU, each a channel in [-1, 1]: everything, the air in the lungs, the mediastinum
     windows: tuple[tuple[float, float], ...] = ((-1000.0, 1000.0), (-1000.0, -500.0), (-160.0, 240.0))
     norm_eps: float = 1e-5
@@ -103,6 +104,7 @@ class Judge(nn.Module):
         widths = (c.channels[0], *c.channels)
         self.levels = nn.ModuleList([Level(c, *pair, halve=i > 0) for i, pair in enumerate(pairwise(widths))])
         self.head = nn.Linear(2 * sum(c.channels), c.classes)
+        self.detail_head = nn.Linear(self.num_features, len(c.details)) if c.details else None
         self.register_buffer("scale", torch.ones(c.classes))
         self.register_buffer("shift", torch.zeros(c.classes))
 
@@ -131,6 +133,10 @@ class Judge(nn.Module):
             h, seen = level(h)
             pooled.append(seen)
         return torch.cat(pooled, 1)
+
+    def details(self, features: Tensor) -> Tensor:
+        """`features` -> logits (N, len(config.details)); about a finding that is absent they say nothing."""
+        return features.new_zeros(len(features), 0) if self.detail_head is None else self.detail_head(features)
 
     def prepared(self, hu: Tensor) -> Tensor:
         """hu as `forward` takes it -> (N, windows + 3, *size): HU in each window, and the place along each axis."""

@@ -137,6 +137,7 @@ class JudgeTraining(Training):
     move: int = key(2, "voxels at most by which a sample is moved along each axis")
     shift_hu: float = key(20.0, "HU at most by which a sample is made brighter or darker")
     noise_hu: float = key(0.0, "standard deviation at most of the noise added to a sample, HU")
+    detail_weight: float = key(0.3, "of what reports tell besides: side, lobe and size of the findings they assert")
     balance: float = key(0.5, "a finding's cases weigh (cases without / cases with) to this power; 0: as all others")
     model: JudgeConfig = field(default_factory=JudgeConfig)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from t2ct.data.phantoms import LABELS
+from t2ct.data.phantoms.details import DETAILS, MIRRORED, details_told, right_by_kind
 from t2ct.eval.metrics.factual import auc
 from t2ct.files import write_files
 from t2ct.models.judge import FILE, Judge
@@ -34,9 +36,10 @@ class Cases:
     def __call__(self, item: Item, draw: Draw) -> Batch:
         c, rng = self.config, generator(self.config.seed, draw[1])
         u = torch.rand(3, generator=rng).tolist()
-        hu = torch.from_numpy(item.hu).float()
+        hu, entry = torch.from_numpy(item.hu).float(), self.entries[draw[0]]
+        told = known_details(entry)
         if c.flip and u[0] < 0.5:
-            hu = hu.flip(0)
+            hu, told = hu.flip(0), told[MIRRORED]
         hu = hu + c.shift_hu * (2 * u[1] - 1)
         if c.noise_hu:
             hu = hu + c.noise_hu * u[2] * torch.randn(hu.shape, generator=rng)
@@ -45,12 +48,19 @@ class Cases:
             for axis, n in enumerate(by):  # the border's voxels come again
                 places = (torch.arange(hu.shape[axis]) + n).clamp(0, hu.shape[axis] - 1)
                 hu = hu.index_select(axis, places)
-        return {"hu": hu[None], "labels": labels_of(self.entries[draw[0]])}
+        return {"hu": hu[None], "labels": labels_of(entry), "details": told}
 
 
 def labels_of(entry: Entry) -> Tensor:
     """(18,) float32."""
     return torch.tensor(entry.labels, dtype=torch.float32)
+
+
+def known_details(entry: Entry) -> Tensor:
+    """(len(DETAILS),) float32, NaN where nothing is known: what is recorded, else what the report tells."""
+    if entry.details is None and not entry.texts:
+        return torch.full((len(DETAILS),), float("nan"))
+    return torch.tensor(entry.details or details_told(entry.texts[0]).tolist())
 
 
 class JudgeRecipe(Recipe):
@@ -65,6 +75,9 @@ class JudgeRecipe(Recipe):
     ):  # fmt: skip
         if config.model.classes != len(LABELS):
             raise ValueError(f"model.classes: wanted {len(LABELS)}, the labels of CT-RATE, got {config.model.classes}")
+        if config.model.details not in ((), DETAILS):
+            wanted = "none, or those of t2ct.data.phantoms.details"
+            raise ValueError(f"model.details: wanted {wanted}, got {config.model.details}")
         self.config, self.model, self.source, self.valid, self.bad = config, model, source, valid, bad
         self.weight = torch.ones(len(LABELS))
         if source is not None:
@@ -81,35 +94,49 @@ class JudgeRecipe(Recipe):
         return Samples(self.source, Cases(self.source, self.config), self.config.skip_bad, self.bad)
 
     def loss(self, part: str, batch: Batch) -> tuple[Tensor, Shown]:
-        raw = self.model.raw(batch["hu"]).float()
+        features = self.model.features(batch["hu"])
+        raw = self.model.head(features).float()
         weight = self.weight.to(raw.device)
-        return F.binary_cross_entropy_with_logits(raw, batch["labels"], pos_weight=weight), {}
+        loss = F.binary_cross_entropy_with_logits(raw, batch["labels"], pos_weight=weight)
+        if self.config.model.details and self.config.detail_weight:
+            said, told = self.model.details(features).float(), batch["details"]
+            known = told.isfinite()
+            each = F.binary_cross_entropy_with_logits(said, told.nan_to_num(), reduction="none")
+            loss = loss + self.config.detail_weight * (each * known).sum() / known.sum().clamp_min(1)
+        return loss, {}
 
     def validate(self, weights: nn.Module, folder: Path, step: int) -> dict[str, float]:
-        """AUC, mean over the findings that some volumes have and some lack, then of each."""
-        raw, labels = self._seen(weights)
+        """AUC, mean over the findings that some volumes have and some lack, then of each; shares of details found."""
+        raw, labels, said, told = self._seen(weights)
         areas = {name: auc(raw[:, k], labels[:, k]) for k, name in enumerate(LABELS)} if len(raw) else {}
         known = [a for a in areas.values() if a == a]
         if not known:
             return {}
-        return {"auc_macro": sum(known) / len(known)} | {f"auc_{short(name)}": a for name, a in areas.items()}
+        shown = {"auc_macro": sum(known) / len(known)} | {f"auc_{short(name)}": a for name, a in areas.items()}
+        if self.config.model.details:
+            shares = right_by_kind(said, told).items()
+            shown |= {f"right_{kind}": hits.sum() / cases.sum() for kind, (hits, cases) in shares if cases.sum()}
+        return shown
 
-    def _seen(self, weights: nn.Module) -> tuple[np.ndarray, np.ndarray]:
-        """Raw logits and labels of the validation split, (N, 18) each."""
-        raw, labels = [], []
-        device = next(weights.parameters()).device
+    def _seen(self, weights: nn.Module) -> list[np.ndarray]:
+        """Of the validation split: raw logits and labels, (N, 18) each; logits and truth of details, (N, D) each."""
+        rows: list[list[Tensor]] = []
+        judge: Any = weights
+        device = next(judge.parameters()).device
         if self.valid is not None:
             for i, item in readable(self.valid, self.config.valid_count, self.config.skip_bad):
                 hu = torch.from_numpy(item.hu).float().to(device)[None, None]
-                raw.append(weights.raw(hu)[0].float().cpu())  # type: ignore[operator]
-                labels.append(labels_of(self.valid.entries[i]))
-        if not raw:
-            return np.zeros((0, len(LABELS))), np.zeros((0, len(LABELS)))
-        return torch.stack(raw).numpy(), torch.stack(labels).numpy()
+                features = judge.features(hu)
+                entry, said = self.valid.entries[i], (judge.head(features)[0], judge.details(features)[0])
+                seen = [logits.float().cpu() for logits in said]
+                rows.append([seen[0], labels_of(entry), seen[1], known_details(entry)])
+        if not rows:
+            return [np.zeros((0, n)) for n in (len(LABELS), len(LABELS), len(DETAILS), len(DETAILS))]
+        return [torch.stack(column).numpy() for column in zip(*rows, strict=True)]
 
     def export(self, folder: Path, weights: nn.Module) -> None:
         """judge.safetensors with the configuration inside, calibrated, and the configuration as config.json."""
-        raw, labels = self._seen(weights)
+        raw, labels, *_ = self._seen(weights)
         scale, shift = calibrate(torch.from_numpy(raw), torch.from_numpy(labels), self.weight)
         state = {k: v.detach().float().cpu() for k, v in weights.state_dict().items()}
         state |= {"scale": scale, "shift": shift}
@@ -121,7 +148,8 @@ class JudgeRecipe(Recipe):
     def example(self, device: torch.device, batch: int, depth: float = 1.0, width: float = 1.0) -> Batch:
         # Whatever the grid, the network brings it to its own size: there is no smaller sample to measure.
         hu = torch.randint(-1000, 1000, (batch, 1, *self.config.model.size)).float()
-        return {"hu": hu.to(device), "labels": torch.randint(2, (batch, len(LABELS))).float().to(device)}
+        labels, told = (torch.randint(2, (batch, n)).float().to(device) for n in (len(LABELS), len(DETAILS)))
+        return {"hu": hu.to(device), "labels": labels, "details": told}
 
 
 def short(name: str) -> str:

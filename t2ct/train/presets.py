@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from t2ct.config import PipelineConfig
+from t2ct.data.phantoms.details import DETAILS
 from t2ct.models import CLIP3DConfig, TextConfig, UNetConfig, VAEConfig, VisionConfig
 from t2ct.models.judge import JudgeConfig
 from t2ct.train.config import CLIPTraining, JudgeTraining, LDMTraining, Training, VAETraining
@@ -79,7 +80,7 @@ TINY = PipelineConfig(
 
 # What `--data` is when nothing is said.
 DEFAULT_DATA = {"tiny": "phantoms:64", "embedded": "phantoms:6000"}
-JUDGE_DATA = {"tiny": "phantoms:120", "embedded": "phantoms:4000"}
+JUDGE_DATA = {"tiny": "phantoms:120", "embedded": "phantoms:3000"}
 OWN_TERMS = {  # of a VAE too small, and trained too briefly, for a critic
     "augment": False,
     "perceptual": "none",
@@ -174,18 +175,18 @@ TINY_RUNS = {
 }  # fmt: skip
 
 _JUDGE = JudgeTraining(
-    steps=1500, batch=16, learning_rate=2e-3, weight_decay=0.01, warmup=50.0, ema=0.99, valid_count=256,
-    valid_every=250, workers=2, export="float16",
+    steps=800, batch=16, learning_rate=2e-3, weight_decay=0.01, warmup=50.0, ema=0.99, valid_count=256,
+    valid_every=200, workers=1, export="float16", model=JudgeConfig(details=DETAILS),
 )  # fmt: skip
 JUDGES = {
     "recommended": replace(  # for scans: eight times the voxels, and all of CT-RATE some thirty times
         _JUDGE, steps=50_000, learning_rate=1e-3, warmup=1000.0, ema=0.999, valid_every=2000, valid_count=2000,
-        model=JudgeConfig(size=(192, 192, 96), channels=(24, 48, 96, 160)),
+        model=JudgeConfig(size=(192, 192, 96), channels=(24, 48, 96, 160), details=DETAILS),
     ),
     "embedded": _JUDGE,
     "tiny": replace(
         _JUDGE, steps=150, warmup=10.0, ema=0.95, valid_every=0, valid_count=15, threads=1,
-        model=JudgeConfig(size=(32, 32, 32), channels=(8, 16, 32)),
+        model=JudgeConfig(size=(32, 32, 32), channels=(8, 16, 32), details=DETAILS),
     ),
 }  # fmt: skip
 

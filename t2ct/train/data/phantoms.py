@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from t2ct.data.phantoms import FINDINGS, describe, phantom
+from t2ct.data.phantoms.details import details_of
 from t2ct.data.phantoms.organs import ORGAN
 from t2ct.train.data.source import HU_LIMIT, Entry, Item
 
@@ -91,4 +92,5 @@ def _entry(seed: int) -> Entry:
     told = describe(seed, names)
     nothing = np.zeros((0, 0, 0), np.int16)
     words = Phantom(seed, nothing, np.eye(4), told.report, told.prompt, told.labels, told.present, nothing)
-    return Entry(f"phantom {seed}", tuple(words.wordings(WORDINGS)), tuple(int(v) for v in told.labels))
+    labels, details = (tuple(v.tolist()) for v in (told.labels, details_of(told.present)))
+    return Entry(f"phantom {seed}", tuple(words.wordings(WORDINGS)), labels, details)

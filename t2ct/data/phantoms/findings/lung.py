@@ -63,6 +63,11 @@ class Consolidation(Disease):
             canvas.paint(air_box, air * inside, -900.0, ORGAN["airway"])
 
 
+def nodule_size(mm: float) -> str:
+    """The class of a nodule's diameter."""
+    return "small" if mm < 12.5 else "medium" if mm < 20 else "large"
+
+
 class LungNodule(Disease):
     """A solid round nodule of known diameter, or several of them."""
 
@@ -76,7 +81,7 @@ class LungNodule(Disease):
         if f.size_mm is not None:
             if not isinstance(f.size_mm, (int, float)) or not 3 <= f.size_mm <= 30:
                 raise ValueError(f"size_mm of {self.name}: wanted 3 to 30 mm, got {f.size_mm!r}")
-            word = "small" if f.size_mm < 12.5 else "medium" if f.size_mm < 20 else "large"
+            word = nodule_size(f.size_mm)
             f = replace(f, size=f.size or word)
         filled = dry_side(f, super().fill(f, rng, others), others)
         low, high = self.diameter[filled.size or "medium"]
