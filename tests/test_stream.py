@@ -2,6 +2,7 @@
 
 import errno
 import os
+from importlib import import_module
 from itertools import product
 
 import pytest
@@ -12,7 +13,8 @@ from memory import peak_bytes
 
 from t2ct import stream
 from t2ct.models import VAE, VAEConfig
-from t2ct.ops.dispatch import channels_last
+from t2ct.ops import conv, conv_gradient
+from t2ct.ops.dispatch import channels_last, why_not
 from t2ct.stream import graph as graphs
 from t2ct.stream import plan as plans
 from t2ct.stream import spool as spools
@@ -91,6 +93,20 @@ def test_same_bits_within_the_bytes_that_were_said(config, direction, dtype, spo
     places = {where for plan in rungs for where in plan.place}
     assert {MEMORY, SPOOL if spool else AGAIN} <= places or len(rungs) == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("direction", ["decode", "encode"])
+def test_the_bound_holds_where_bfloat16_is_emulated(direction, monkeypatch):
+    """As on a processor without its products: float32 copies are on the way."""
+    if why_not("cpu", "cpu", torch.bfloat16):
+        pytest.skip("the compiled extension is not there")
+    for module in (import_module("t2ct.stream.execute"), conv, conv_gradient):
+        monkeypatch.setattr(module, "EMULATED", frozenset({torch.bfloat16}))
+    vae, x = network(THREE, torch.bfloat16), inputs(direction, THREE, torch.bfloat16)
+    want = run(vae, direction, x)
+    for rung in ladder(vae, direction, x, None, 3):
+        got, measured = peak_bytes(lambda p=rung: run(vae, direction, x, p.peak))
+        assert torch.equal(got, want) and measured <= rung.peak <= 1.15 * measured, rung.table()
 
 
 def test_plain_torch_keeps_the_bound():

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from t2ct.ops import conv_autograd, conv_cpu, conv_gradient
 from t2ct.ops.conv_cpu import MANY_WEIGHTS, TORCH_SMALL
-from t2ct.ops.dispatch import Table, candidates, choose, forced, refusal, watched
+from t2ct.ops.dispatch import EMULATED, Table, candidates, choose, forced, refusal, watched
 
 MKLDNN = torch.backends.mkldnn.is_available()
 Padding = int | tuple[int, int, int]
@@ -83,18 +83,19 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, paddin
             return choose("conv3d", {"cpu": CONV["cpu"]}, x)[1](x, weight, bias)
     if _onednn(x, weight):
         return torch.mkldnn_convolution(x, weight, bias, pads, (stride,) * 3, (1, 1, 1), 1)
-    if _narrow_bfloat16(x, weight, stride, pads):
-        with torch.autocast("cpu", enabled=False):
-            bias = None if bias is None else bias.float()
-            return F.conv3d(x.float(), weight.float(), bias, stride, padding).to(torch.bfloat16)
+    if x.device.type == "cpu":
+        low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        if x.dtype != torch.float64 and (low in EMULATED or _wrong(low, x, weight, stride, pads)):
+            with torch.autocast("cpu", enabled=False):
+                bias = None if bias is None else bias.float()
+                return convolve(x.float(), weight.float(), bias, stride, padding).to(low)
     return F.conv3d(x, weight, bias, stride, padding)
 
 
-def _narrow_bfloat16(x: Tensor, weight: Tensor, stride: int, pads: tuple[int, int, int]) -> bool:
+def _wrong(low: torch.dtype, x: Tensor, weight: Tensor, stride: int, pads: tuple[int, int, int]) -> bool:
     """Would the gradient of the weight be wrong? See conv_gradient.narrow."""
     if not (torch.is_grad_enabled() and weight.requires_grad) or max(weight.shape[2:]) == 1 or watched(x):
         return False
-    low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     axes = zip(x.shape[2:], weight.shape[2:], pads, strict=True)
     return low is torch.bfloat16 and conv_gradient.narrow(x, [(n + 2 * p - k) // stride + 1 for n, k, p in axes])
 

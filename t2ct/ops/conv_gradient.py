@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from t2ct.ops.conv_cpu import MANY_WEIGHTS, TORCH_SMALL
-from t2ct.ops.dispatch import channels_last, forced
+from t2ct.ops.dispatch import EMULATED, channels_last, forced
 
 FEW = 64  # voxels
 NARROW = 2
@@ -73,9 +73,14 @@ def narrow(x: Tensor, size: Iterable[int]) -> bool:
     return x.device.type == "cpu" and min(size) <= NARROW
 
 
+def in_float32(x: Tensor, size: Iterable[int]) -> bool:
+    """Is the gradient of a convolution of x, in bfloat16 or float16, with a result of `size` voxels made in float32?"""
+    return narrow(x, size) or (x.device.type == "cpu" and x.dtype in EMULATED)
+
+
 def backward(dy: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]) -> Gradients:
     """Gradients of x and of the weight, all of one dtype, by torch; a single small volume in two halves."""
-    if dy.itemsize < 4 and narrow(dy, dy.shape[2:]):
+    if dy.itemsize < 4 and in_float32(dy, dy.shape[2:]):
         made = _torch(dy.float(), x.float(), weight.float(), 1, wanted)
         return None if made[0] is None else made[0].to(x.dtype), None if made[1] is None else made[1].to(weight.dtype)
     if not _halves(x):

@@ -13,6 +13,7 @@ what their weights beyond the border have added is taken off again. Nothing here
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -92,19 +93,30 @@ def part(planes: int, size: tuple[int, int, int], channels: int, outputs: int) -
     return min(planes, max(2, 2 * -(-2 * 64 * channels // (8 * (size[1] + 1) * (size[2] + 1)))))
 
 
-def work(planes: int, size: tuple[int, int, int], channels: int, outputs: int, itemsize: int) -> Work:
-    """Upper bounds for a tile of `planes` planes, from x of `size` voxels."""
+def work(
+    planes: int, size: tuple[int, int, int], channels: int, outputs: int, itemsize: int, emulated: bool = False
+) -> Work:  # fmt: skip
+    """Upper bounds for a tile of `planes` planes, from x of `size` voxels; emulated: convolutions run in float32, on
+    copies of what they read, and leave a result that is rounded."""
     _, y, z = size
     plane = 8 * outputs * (y + 1) * (z + 1)
     cells = part(planes, size, channels, outputs) // 2 * plane
-    blocks = padded(outputs) * padded(channels)  # weights of one tap as oneDNN lays them
-    made = cells + max(64 * blocks, plane) + 32 * outputs  # and biases, one for every phase
+    blocks, weights = padded(outputs) * padded(channels), outputs * channels  # of one tap, as oneDNN lays them
+    wide, copies = (4, 4) if emulated else (itemsize, 0)  # bytes of a number while it is convolved, and of its copy
+    window = prod(window_shape(planes, size, channels, outputs))
+    begun = cells + plane  # a first tile makes one plane more, in the place of the one that others keep
+    laid = wide * (begun + 64 * blocks) + copies * (window + 64 * weights)
+    made = max(laid, begun * (copies + itemsize)) - plane * itemsize
+    made = max(made, (cells + plane) * itemsize) + 32 * outputs * wide  # and biases, for every phase
     for n, m in ((y, z), (planes // 2 + 1, y), (planes // 2 + 1, z)):  # faces
         edge, doubled, around = n * m * channels, 8 * n * m * channels, 4 * (n + 1) * (m + 1) * channels
-        convolved = around + 18 * blocks + 4 * n * m * outputs  # once more as it is convolved, weights, result
-        made = max(made, plane + edge + around + max(doubled, convolved))
+        # once more as it is convolved, weights, result
+        convolved = wide * (around + 18 * blocks + 4 * n * m * outputs)
+        if emulated:
+            convolved += 4 * 9 * weights + itemsize * (around + 9 * weights)
+        made = max(made, (plane + edge + around) * itemsize + max(doubled * itemsize, convolved))
     folding = 128 * 4 * LANES * channels  # in float32
-    return Work((64 * outputs * channels + plane) * itemsize, max(made * itemsize, folding))
+    return Work((64 * outputs * channels + plane) * itemsize, max(made, folding))
 
 
 def flops(size: tuple[int, int, int], channels: int, outputs: int) -> int:

@@ -7,12 +7,11 @@ instead of 27. The folded forms are for inference on a CPU; Triton's has gradien
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from t2ct.kernels.fold import NEAREST, fold
 from t2ct.ops import conv_autograd, smooth_conv
-from t2ct.ops.conv import autocast, by_triton, check, conv3d, inference, perhaps_triton
+from t2ct.ops.conv import autocast, by_triton, check, conv3d, convolve, inference, perhaps_triton
 from t2ct.ops.dispatch import Table, choose, forced, is_channels_last
 from t2ct.ops.resample import upsample
 
@@ -29,7 +28,7 @@ def _folded(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     padding 1 computes all phases at every i from 0 to X; phase a is its part from a on."""
     o = len(weight)
     w = fold(weight, NEAREST).view(8 * o, 2, 2, 2, -1).permute(0, 4, 1, 2, 3)
-    phases = F.conv3d(x, w, None if bias is None else bias.repeat(8), padding=1)
+    phases = convolve(x, w, None if bias is None else bias.repeat(8), 1, 1)
     like = torch.channels_last_3d if is_channels_last(x) else torch.contiguous_format
     y = torch.empty(len(x), o, *(2 * n for n in x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=like)
     for p in range(8):

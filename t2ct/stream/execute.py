@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from t2ct.ops.dispatch import channels_last, forced, why_not
+from t2ct.ops.dispatch import EMULATED, channels_last, forced, why_not
 from t2ct.stream.budget import free_memory, parse_bytes
 from t2ct.stream.gradient import differentiable, plan_backward
 from t2ct.stream.graph import Graph, Node
@@ -32,7 +32,8 @@ def plan_for(
     device = torch.device(device)
     compiled = forced() in (None, "cpu") and why_not("cpu", "cpu", dtype) is None
     generic = device.type != "cuda" and not compiled
-    graph = Graph(tuple(nodes), tuple(shape[2:]), dtype.itemsize, device.type, generic)  # type: ignore[arg-type]
+    emulated = device.type == "cpu" and dtype in EMULATED
+    graph = Graph(tuple(nodes), tuple(shape[2:]), dtype.itemsize, device.type, generic, emulated)  # type: ignore[arg-type]
     itemsize = output_itemsize or dtype.itemsize
     budget = _bytes(memory_budget, device)
     # The results of the other samples of the batch are there as well.

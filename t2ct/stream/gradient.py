@@ -19,7 +19,7 @@ from torch import Tensor
 
 from t2ct import ops
 from t2ct.ops import smooth_conv
-from t2ct.ops.conv_gradient import narrow
+from t2ct.ops.conv_gradient import in_float32
 from t2ct.stream.budget import format_bytes
 from t2ct.stream.graph import Graph
 from t2ct.stream.plan import INPUT, Plan, segments
@@ -216,7 +216,7 @@ class Backward:
     def _convolution(self, name: str, out: Tensor, x: Tensor, stride: int, pads: list[int]) -> Tensor:
         """The gradient of a convolution's input from that of its result; those of its parameters are added up."""
         weight = self._parameters(name)[0]
-        if x.itemsize < 4 and narrow(x, out.shape[2:]):  # it would be wrong
+        if x.itemsize < 4 and in_float32(x, out.shape[2:]):
             out, x, weight = out.float(), x.float(), weight.float()
         dx, dw, db = torch.ops.aten.convolution_backward(
             out, x, weight, [len(weight)], [stride] * 3, pads, [1] * 3, False, [0] * 3, 1, [True] * 3

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 
 from t2ct.ops import smooth_conv
 
@@ -71,6 +72,7 @@ class Graph:
     """Nodes on grids: input of `size` voxels, `itemsize` bytes a number, on a device of kind "cpu" or "cuda".
 
     generic: norms and doubling run as plain torch, which makes tensors on the way that the compiled forms do without.
+    emulated: convolutions run in float32 and are rounded (`t2ct.ops.dispatch.EMULATED`).
     """
 
     nodes: tuple[Node, ...]
@@ -78,6 +80,7 @@ class Graph:
     itemsize: int
     device: str = "cpu"
     generic: bool = False
+    emulated: bool = False
 
     @cached_property
     def sizes(self) -> tuple[Size, ...]:
@@ -152,8 +155,9 @@ class Graph:
         work, flops = smooth_conv.Work(0, self._generic(n)), 2 * x * y * z * node.channels * taps
         if self.smooth(n):
             source, weights, reordered = self.sizes[node.source], 0, 0  # the form has its own
-            work = smooth_conv.work(self.thickest(n), source, into, node.channels, self.itemsize)
+            work = smooth_conv.work(self.thickest(n), source, into, node.channels, self.itemsize, self.emulated)
             flops = smooth_conv.flops(source, into, node.channels)
+        made = work.made + self._widened(n, weights, reordered)
         return Costs(
             bytes=whole,
             tile=self.thickest(n) * self.plane(n),
@@ -162,7 +166,7 @@ class Graph:
             reordered=reordered * self.itemsize,
             window=window[0] * window[1] * window[2] * window[3] * self.itemsize,
             flops=flops + 2 * x * y * z * node.channels * shortcut,
-            made=work.made,
+            made=made,
             kept=work.kept,
             read_source=self._read_source(n),
             read_residual=0 if node.residual is None else self.thickest(n) * self.plane(node.residual),
@@ -175,6 +179,24 @@ class Graph:
         window = self.window_shape(n) or (0, 0, 0, 0)
         numbers = max(window[0] * window[1] * window[2] * window[3], self.thickest(n) * self.plane(n) // self.itemsize)
         return 40 * numbers
+
+    def _widened(self, n: int, weights: int, reordered: int) -> int:
+        """Bytes more where convolutions run in float32: what they read, their weights as they are, as torch and as
+        oneDNN lays them, and their result, before the tile is there to which that is rounded."""
+        if not self.emulated or self.smooth(n):
+            return 0
+        node, source = self.nodes[n], self.sizes[self.nodes[n].source]
+        read = (min(self.thickest(n), source[0]), *source[1:], self.nodes[node.source].channels)
+        tile = self.thickest(n) * self.plane(n)
+        counted = (weights + reordered) * self.itemsize + tile * (1 + bool(node.shortcut))
+        made = 4 * (prod(self.window_shape(n) or read) + 2 * weights + reordered + tile // self.itemsize)
+        if node.shortcut and node.residual is not None:
+            into = self.nodes[node.residual].channels
+            blocks = smooth_conv.padded(into) * smooth_conv.padded(node.channels)
+            voxels = tile // (self.itemsize * node.channels)
+            other = voxels * (into + node.channels) + 2 * into * node.channels + blocks
+            made = max(made, 4 * other + tile)
+        return max(0, made - counted)
 
     def _read_source(self, n: int) -> int:
         node, planes = self.nodes[n], self.thickest(n)
