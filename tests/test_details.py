@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from t2ct.data.phantoms import FINDINGS, Finding, describe
-from t2ct.data.phantoms.details import ASPECTS, DETAILS, MIRRORED, details_of, details_told, right_by_kind
+from t2ct.data.phantoms.reports.details import ASPECTS, DETAILS, MIRRORED, details_of, details_told, right_by_kind
 from t2ct.models.judge import Judge, JudgeConfig, load_judge
 from t2ct.train.config import JudgeTraining
 from t2ct.train.data.phantoms import draw_names

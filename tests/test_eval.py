@@ -19,7 +19,7 @@ from small import SMALL, randomised
 
 from t2ct.cli import main
 from t2ct.data.phantoms import LABELS, phantom
-from t2ct.data.phantoms.details import DETAILS
+from t2ct.data.phantoms.reports.details import DETAILS
 from t2ct.data.volume import Volume
 from t2ct.eval import bench, compare, evaluate
 from t2ct.eval import run as running

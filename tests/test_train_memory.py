@@ -16,6 +16,7 @@ from t2ct.train.memory.count import count_update, pace_of, seconds_of
 from t2ct.train.memory.measure import peak_of, probe_shares
 from t2ct.train.memory.plan import _measured
 from t2ct.train.memory.recipes import probe_recipe
+from t2ct.train.parts.machine import has_bfloat16
 from t2ct.train.presets import TINY, preset
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -67,6 +68,8 @@ CASES = [
 
 @pytest.mark.parametrize(("kind", "precision", "blocks", "micro"), CASES)
 def test_the_prediction_is_an_upper_bound_within_a_fifth(kind, precision, blocks, micro):
+    if precision == "bf16" and not has_bfloat16():
+        pytest.skip("this processor has no bfloat16 products: torch emulates them, in memory that nobody plans with")
     config = replace(CONFIGS[kind], checkpoint_blocks=blocks, precision=precision)
     config = replace(config, micro=micro or config.micro)
     said = []
@@ -94,7 +97,7 @@ def test_published_sizes_are_counted_in_seconds_and_leave_no_trace():
     started = time.perf_counter()
     whole, again = (count_update("vae", config, 1, blocks, CPU) for blocks in (False, True))
     assert time.perf_counter() - started < 60
-    assert 4e9 < again.peak < whole.peak < 12e9
+    assert 4e9 < again.peak < whole.peak < (12e9 if has_bfloat16() else 16e9)  # else in float32
     assert 1.0 < again.work["conv"] / whole.work["conv"] < 1.34  # a pass forward more, of three
     # Three convolutions' work for an update, forward and back twice: 20.9 M weights at their resolutions
     assert 1e13 < whole.work["conv"] < 1e15

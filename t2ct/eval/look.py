@@ -20,7 +20,7 @@ from t2ct import weights
 from t2ct.checks import EMBEDDED, FILES, find_files
 from t2ct.config import PipelineConfig
 from t2ct.data.phantoms import LABELS
-from t2ct.data.phantoms.details import DETAILS
+from t2ct.data.phantoms.reports.details import DETAILS
 from t2ct.models import CLIP3D
 from t2ct.models.judge import FILE, Judge, fit_volume, load_judge
 from t2ct.text import Tokenizer

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from t2ct.data.phantoms import LABELS
-from t2ct.data.phantoms.details import details_told, right_by_kind
+from t2ct.data.phantoms.reports.details import details_told, right_by_kind
 from t2ct.eval.look import Clip
 from t2ct.eval.metrics import alignment as al
 from t2ct.eval.metrics import factual as fa

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from t2ct.data.phantoms import LABELS
-from t2ct.data.phantoms.details import DETAILS, MIRRORED, details_told, right_by_kind
+from t2ct.data.phantoms.reports.details import DETAILS, MIRRORED, details_told, right_by_kind
 from t2ct.eval.metrics.factual import auc
 from t2ct.files import write_files
 from t2ct.models.judge import FILE, Judge
@@ -76,7 +76,7 @@ class JudgeRecipe(Recipe):
         if config.model.classes != len(LABELS):
             raise ValueError(f"model.classes: wanted {len(LABELS)}, the labels of CT-RATE, got {config.model.classes}")
         if config.model.details not in ((), DETAILS):
-            wanted = "none, or those of t2ct.data.phantoms.details"
+            wanted = "none, or those of t2ct.data.phantoms.reports.details"
             raise ValueError(f"model.details: wanted {wanted}, got {config.model.details}")
         self.config, self.model, self.source, self.valid, self.bad = config, model, source, valid, bad
         self.weight = torch.ones(len(LABELS))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from t2ct.config import PipelineConfig
-from t2ct.data.phantoms.details import DETAILS
+from t2ct.data.phantoms.reports.details import DETAILS
 from t2ct.models import CLIP3DConfig, TextConfig, UNetConfig, VAEConfig, VisionConfig
 from t2ct.models.judge import JudgeConfig
 from t2ct.train.config import CLIPTraining, JudgeTraining, LDMTraining, Training, VAETraining
@@ -80,7 +80,7 @@ TINY = PipelineConfig(
 
 # What `--data` is when nothing is said.
 DEFAULT_DATA = {"tiny": "phantoms:64", "embedded": "phantoms:6000"}
-JUDGE_DATA = {"tiny": "phantoms:120", "embedded": "phantoms:3000"}
+JUDGE_DATA = {"tiny": "phantoms:120", "embedded": "phantoms:4000"}
 OWN_TERMS = {  # of a VAE too small, and trained too briefly, for a critic
     "augment": False,
     "perceptual": "none",
@@ -175,8 +175,8 @@ TINY_RUNS = {
 }  # fmt: skip
 
 _JUDGE = JudgeTraining(
-    steps=800, batch=16, learning_rate=2e-3, weight_decay=0.01, warmup=50.0, ema=0.99, valid_count=256,
-    valid_every=200, workers=1, export="float16", model=JudgeConfig(details=DETAILS),
+    steps=1500, batch=16, learning_rate=2e-3, weight_decay=0.01, warmup=50.0, ema=0.99, valid_count=256,
+    valid_every=250, workers=2, export="float16", model=JudgeConfig(details=DETAILS),
 )  # fmt: skip
 JUDGES = {
     "recommended": replace(  # for scans: eight times the voxels, and all of CT-RATE some thirty times

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from t2ct.data.phantoms import FINDINGS, describe, phantom
-from t2ct.data.phantoms.details import details_of
 from t2ct.data.phantoms.organs import ORGAN
+from t2ct.data.phantoms.reports.details import details_of
 from t2ct.train.data.source import HU_LIMIT, Entry, Item
 
 WORDINGS = 4  # reports written of each phantom

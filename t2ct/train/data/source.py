@@ -27,7 +27,7 @@ class BadVolume(ValueError):
 @dataclass(frozen=True)
 class Entry:
     """What is known of a volume before it is read: name, reports that say the same, labels (18,) or None, details as
-    `t2ct.data.phantoms.details.details_of` or None."""
+    `t2ct.data.phantoms.reports.details.details_of` or None."""
 
     name: str
     texts: tuple[str, ...]
