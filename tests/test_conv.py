@@ -17,7 +17,7 @@ from t2ct.ops import (
     upsample_conv3d,
     use_backend,
 )
-from t2ct.ops.dispatch import EMULATED, native
+from t2ct.ops.dispatch import EMULATED, ONEDNN_HAS, native
 
 DTYPES = (torch.float32, torch.bfloat16)
 SLACK = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-4}
@@ -282,6 +282,12 @@ def test_smoothed_doubling_is_for_inference_and_many_voxels(monkeypatch):
             upsample_conv3d(x, w, b, "trilinear")
     assert upsample_conv3d(x, w.requires_grad_(), b, "trilinear").requires_grad
     assert len(ran) == 2
+
+
+def test_torch_still_answers_which_dtypes_a_processor_has():
+    """Under another name no dtype would count as emulated, and nobody would notice but by the time it takes."""
+    for name in ONEDNN_HAS.values():
+        assert isinstance(getattr(torch.ops.mkldnn, name)(), bool)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -63,11 +63,14 @@ def test_a_mirror_exchanges_sides_and_nothing_else():
         entries = [entry]
 
     item = Item(np.arange(16**3, dtype=np.int16).reshape(16, 16, 16), (1.0,) * 3)
-    still = JudgeTraining(flip=True, move=0, shift_hu=0.0)
+    still, seen = JudgeTraining(model=SMALL, flip=True, move=0, shift_hu=0.0), set()
     for n in range(8):
         made = Cases(Source(), still)(item, (0, n, 0))
         mirrored = made["hu"][0, 0, 0, 0] > made["hu"][0, -1, 0, 0]
         assert np.array_equal(made["details"], details_of(there if mirrored else here), equal_nan=True)
+        seen.add(bool(mirrored))
+    assert seen == {True, False}
+    assert "details" not in Cases(Source(), JudgeTraining())(item, (0, 0, 0))  # nobody asks: no report is read
 
 
 def test_shares_of_what_is_right():

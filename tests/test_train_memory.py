@@ -58,18 +58,20 @@ def measured(kind, config, blocks, micro):
     return kept + peak_of(partial(state.update, micros), CPU)
 
 
+EMULATED = pytest.mark.xfail(
+    not has_bfloat16(), reason="torch emulates bfloat16 products on this processor, in memory that no plan counts"
+)
 CASES = [
     *((kind, "float32", False, 0) for kind in CONFIGS),
-    *((kind, "bf16", True, 0) for kind in CONFIGS),
+    ("vae", "bf16", True, 0),
+    *(pytest.param(kind, "bf16", True, 0, marks=EMULATED) for kind in ("clip", "ldm")),
     ("vae", "float32", False, 1),  # torch's convolutions of one small volume write every voxel 27 times
-    ("clip", "bf16", False, 1),
+    pytest.param("clip", "bf16", False, 1, marks=EMULATED),
 ]
 
 
 @pytest.mark.parametrize(("kind", "precision", "blocks", "micro"), CASES)
 def test_the_prediction_is_an_upper_bound_within_a_fifth(kind, precision, blocks, micro):
-    if precision == "bf16" and not has_bfloat16():
-        pytest.skip("this processor has no bfloat16 products: torch emulates them, in memory that nobody plans with")
     config = replace(CONFIGS[kind], checkpoint_blocks=blocks, precision=precision)
     config = replace(config, micro=micro or config.micro)
     said = []

@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from t2ct import __version__
+from t2ct.data.phantoms.reports.details import DETAILS
 from t2ct.eval import tables as tb
 from t2ct.eval.look import Look
 from t2ct.eval.make import Maker, kept, see
@@ -92,6 +93,11 @@ class Bench:
             reasons |= {"factual": told, "utility": told}
         elif (told_of := tb.left_out(self.labels)) is not None:
             self.notes.append(told_of)
+        if "factual" in self.tables and "factual" not in reasons:
+            if self.look.judge.config.details != DETAILS:
+                self.notes.append("side, lobe and size are left out: the judge was not trained for them")
+            elif not all(self.texts):
+                self.notes.append("side, lobe and size are left out: not every volume has a report")
         if self.sets.train is None or not len(self.sets.train):
             reasons["memorisation"] = "no training volumes are known"
         if all(s.maker is None for s in self.systems):

@@ -86,7 +86,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, paddin
     if x.device.type == "cpu":
         low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         if x.dtype != torch.float64 and (low in EMULATED or _wrong(low, x, weight, stride, pads)):
-            with torch.autocast("cpu", enabled=False):
+            with torch.autocast("cpu", enabled=False):  # once more from above, where float32 has faster forms
                 bias = None if bias is None else bias.float()
                 return convolve(x.float(), weight.float(), bias, stride, padding).to(low)
     return F.conv3d(x, weight, bias, stride, padding)

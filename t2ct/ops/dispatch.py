@@ -34,13 +34,20 @@ UNPROVEN = {
 }
 
 
+# What torch asks before it gives oneDNN a convolution of these dtypes.
+ONEDNN_HAS = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+
+
 def _emulated() -> frozenset[torch.dtype]:
-    asked = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-    return frozenset(dtype for dtype, name in asked.items() if not getattr(torch.ops.mkldnn, name, bool)())
+    if not torch.backends.mkldnn.is_available():
+        return frozenset(ONEDNN_HAS)
+    # A torch that has renamed a question keeps its own convolutions: in float32 those of a fast processor would suffer.
+    questions = {dtype: getattr(torch.ops.mkldnn, name, lambda: True) for dtype, name in ONEDNN_HAS.items()}
+    return frozenset(dtype for dtype, native in questions.items() if not native())
 
 
 # Dtypes that this processor has no products of. Torch's convolutions then write every voxel 27 times and multiply one
-# number at a time: ten times slower than in float32.
+# number at a time, many times slower than in float32.
 EMULATED = _emulated()
 
 

@@ -112,8 +112,8 @@ def work(
         edge, doubled, around = n * m * channels, 8 * n * m * channels, 4 * (n + 1) * (m + 1) * channels
         # once more as it is convolved, weights, result
         convolved = wide * (around + 18 * blocks + 4 * n * m * outputs)
-        if emulated:
-            convolved += 4 * 9 * weights + itemsize * (around + 9 * weights)
+        if emulated:  # and what was copied to float32: the plane, the nine weights cut out of 27
+            convolved += itemsize * (around + 9 * weights)
         made = max(made, (plane + edge + around) * itemsize + max(doubled * itemsize, convolved))
     folding = 128 * 4 * LANES * channels  # in float32
     return Work((64 * outputs * channels + plane) * itemsize, max(made, folding))

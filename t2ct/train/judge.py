@@ -37,9 +37,13 @@ class Cases:
         c, rng = self.config, generator(self.config.seed, draw[1])
         u = torch.rand(3, generator=rng).tolist()
         hu, entry = torch.from_numpy(item.hu).float(), self.entries[draw[0]]
-        told = known_details(entry)
-        if c.flip and u[0] < 0.5:
-            hu, told = hu.flip(0), told[MIRRORED]
+        made = {"labels": labels_of(entry)}
+        mirrored = c.flip and u[0] < 0.5
+        if c.model.details:  # else no report need be read
+            told = known_details(entry)
+            made["details"] = told[MIRRORED] if mirrored else told
+        if mirrored:
+            hu = hu.flip(0)
         hu = hu + c.shift_hu * (2 * u[1] - 1)
         if c.noise_hu:
             hu = hu + c.noise_hu * u[2] * torch.randn(hu.shape, generator=rng)
@@ -48,7 +52,7 @@ class Cases:
             for axis, n in enumerate(by):  # the border's voxels come again
                 places = (torch.arange(hu.shape[axis]) + n).clamp(0, hu.shape[axis] - 1)
                 hu = hu.index_select(axis, places)
-        return {"hu": hu[None], "labels": labels_of(entry), "details": told}
+        return made | {"hu": hu[None]}
 
 
 def labels_of(entry: Entry) -> Tensor:
