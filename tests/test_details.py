@@ -127,7 +127,7 @@ class Sides:
 
 def test_a_judge_learns_sides(tmp_path):
     config = JudgeTraining(
-        model=SMALL, steps=150, batch=8, learning_rate=5e-3, ema=0.8, valid_count=32, precision="float32", move=0,
+        model=SMALL, steps=250, batch=8, learning_rate=5e-3, ema=0.8, valid_count=32, precision="float32", move=0,
         detail_weight=1.0,
     )  # fmt: skip
     torch.manual_seed(0)

@@ -7,16 +7,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy.stats import mannwhitneyu
 
 from t2ct.cli import main
-from t2ct.data.phantoms import LABELS
+from t2ct.data.phantoms import LABELS, phantom
 from t2ct.data.volume import Volume
 from t2ct.eval.metrics.factual import auc
 from t2ct.models.judge import Judge, JudgeConfig, fit_volume, load_judge
 from t2ct.train.config import JudgeTraining
-from t2ct.train.data.source import Entry, Item, fit
-from t2ct.train.judge import Cases, JudgeRecipe, calibrate, class_weights
+from t2ct.train.data.phantoms import PhantomSource, draw_names
+from t2ct.train.data.source import Entry, Item, cached, fit
+from t2ct.train.judge import UNKNOWN, Cases, JudgeRecipe, calibrate, cells_of, class_weights, overlap_loss
 from t2ct.train.loop import run
 from t2ct.train.presets import PUBLISHED, preset
 
@@ -31,7 +33,7 @@ def test_a_judge_takes_any_grid():
     hu = 800 * torch.randn(2, 1, 32, 32, 48)
     with torch.no_grad():
         logits, features = judge(hu), judge.features(hu)
-        assert logits.shape == (2, 18) and features.shape == (2, judge.num_features) == (2, 48)
+        assert logits.shape == (2, 18) and features.shape == (2, judge.num_features) == (2, 48 + 14 * 18)
         assert torch.allclose(judge(hu[:1]), logits[:1], atol=1e-4)
         own = fit_volume(hu.clamp(-1000, 1000), SMALL.size)
         assert torch.allclose(judge(own), logits, atol=1e-4)
@@ -177,7 +179,7 @@ def test_what_is_no_judge_is_refused(tmp_path):
     with pytest.raises(ValueError, match="judge: wanted the weights of a judge"):
         load_judge(tmp_path)
     save_file({"a": torch.zeros(1)}, file)
-    with pytest.raises(ValueError, match="wanted a configuration of format 't2ct-judge-1'"):
+    with pytest.raises(ValueError, match="wanted a configuration of format 't2ct-judge-2'"):
         load_judge(tmp_path)
     save_file({"a": torch.zeros(1)}, file, {"config": SMALL.to_json()})
     with pytest.raises(ValueError, match="wanted the weights of a judge"):
@@ -219,3 +221,65 @@ def test_folders_with_labels_train_it(tmp_path, capsys):
     short = prepared(tmp_path / "short", [one, "1;0;1"])
     assert main(["train", "judge", "--data", str(short), "--out", str(tmp_path / "c"), *options]) == 2
     assert "wanted 18 labels of 0 or 1, got 3" in capsys.readouterr().err
+
+
+def test_where_findings_are_is_known_of_phantoms_and_moves_with_them(tmp_path):
+    source = PhantomSource(24, "train", (32, 32, 32))
+    k = next(k for k in range(24) if "pleural effusion" in draw_names(k))
+    item = source.read(k)
+    whole = phantom(k, draw_names(k), (32, 32, 32))
+    effusion = LABELS.index("Pleural effusion")
+    assert item.findings.shape == (16, 16, 16) and set(draw_names(k)) <= {f.name for f in whole.present}
+    for bit, name in enumerate(LABELS):
+        told = whole.finding_mask(name.lower()).reshape(16, 2, 16, 2, 16, 2).any((1, 3, 5))
+        assert np.array_equal(item.findings >> bit & 1, told)
+    cells = cells_of(torch.from_numpy(item.findings.astype(np.int32)))
+    assert cells.shape == (18, 8, 8, 8) and cells[effusion].any()
+    # kept and read again
+    kept = cached(source, tmp_path, 1.0)
+    kept.read(k)
+    assert np.array_equal(kept.read(k).findings, item.findings) and np.array_equal(kept.read(k).small, item.small)
+    # mirrored and moved as the volume: a volume that is bright where the effusion is stays so
+    bright = np.where(np.kron(item.findings >> effusion & 1, np.ones((2, 2, 2), int)), 500, -900).astype(np.int16)
+    shown, config = replace(item, hu=bright), JudgeTraining(move=4, shift_hu=0.0)
+    for n in range(12):
+        made = Cases(source, config)(shown, (k, n, 0))
+        assert torch.equal(F.max_pool3d(made["hu"], 4)[0] > 0, made["found"][effusion] > 0), n
+    unknown = Cases(source, config)(replace(shown, findings=None), (k, 0, 0))["found"]
+    assert (unknown >= UNKNOWN).all()
+    assert "found" not in Cases(source, replace(config, place_weight=0.0))(shown, (k, 0, 0))
+
+
+def test_the_loss_of_places_is_least_where_they_are_found():
+    found = torch.zeros(2, 3, 6, 6, 6)
+    found[0, 0, :3], found[1, 1, 2, 2, 2] = 1, 1
+    exact = overlap_loss(40 * found - 20, found)
+    assert exact < 1e-3
+    missed = (40 * found - 20).clone()
+    missed[1, 1] = -20  # one cell of 432
+    assert overlap_loss(missed, found) > exact + 0.3
+    assert overlap_loss(20 - 40 * found, found) > 5
+    # a batch of which nobody knows: labels alone, and evidence still has a gradient
+    judge = Judge(SMALL)
+    recipe = JudgeRecipe(JudgeTraining(model=SMALL), judge, None)
+    batch = recipe.example(torch.device("cpu"), 2)
+    batch["found"] = torch.full_like(batch["found"], UNKNOWN)
+    loss, shown = recipe.loss("judge", batch)
+    loss.backward()
+    assert shown == {} and judge.votes[0].conv.weight.grad.abs().sum() > 0
+    batch["found"][1] = 1
+    assert set(recipe.loss("judge", batch)[1]) == {"where"}
+
+
+def test_evidence_is_where_it_lies():
+    """A change in one corner moves the evidence there most; features are what the heads are given."""
+    torch.manual_seed(0)
+    judge = Judge(SMALL).eval()
+    hu = torch.full((1, 1, 16, 16, 16), -800.0)
+    other = hu.clone()
+    other[..., :4, :4, :4] = 300
+    with torch.no_grad():
+        change = (judge.evidence(hu) - judge.evidence(other)).abs().sum(1)[0]
+        assert judge.evidence(hu).shape == (1, 18, 4, 4, 4)
+        assert torch.equal(judge.raw(hu), judge.head(judge.features(hu)))
+    assert change.argmax() == 0

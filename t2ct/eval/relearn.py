@@ -56,7 +56,7 @@ def recipe(model: JudgeConfig, count: int, steps: int) -> JudgeTraining:
     assert isinstance(made, JudgeTraining)
     return replace(
         made, model=model, steps=steps, batch=min(made.batch, count), warmup=min(made.warmup, steps / 10),
-        valid_every=0, keep=1, workers=0, threads=0,
+        valid_every=0, keep=1, workers=0, threads=0, place_weight=0.0,  # nobody knows where in generated ones they are
     )  # fmt: skip
 
 

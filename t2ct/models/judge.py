@@ -1,12 +1,15 @@
 """The judge: a 3-D classifier of the 18 findings of CT-RATE, which says what a CT shows, drawn or generated.
 
-A small residual network on the VAE's blocks. Molino et al. 2025 ask CT-Net (Draelos et al. 2021) the same
-question; this one sees the whole volume in three dimensions and three windows, and is small enough to be shipped.
+A small residual network on the VAE's blocks that first says where: every level adds to the evidence for each finding in
+cells of 4 x 4 x 4 voxels, and the answer is drawn from how much there is, and where. Molino et al. 2025 ask CT-Net
+(Draelos et al. 2021) the same question; this one sees the whole volume in three dimensions and three windows, and is
+small enough to be shipped.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
@@ -21,19 +24,22 @@ from torch import Tensor, nn
 from t2ct.models.layers import Conv, GroupNormSiLU, channels_last, check_channels, check_volume
 from t2ct.models.vae import Downsample, ResBlock
 
-FORMAT = "t2ct-judge-1"
+FORMAT = "t2ct-judge-2"
 FILE = "judge.safetensors"
 AXES = 3  # a channel for the place along each axis: the same spot means another finding elsewhere
+CELL = 4  # voxels of a cell of evidence, along an axis
+BLOCKS = (2, 2, 3)  # of cells, whose evidence is averaged: right and left, back and front, lower, middle and upper
+RARE = -4.6  # log odds of a finding in a cell before anything is learnt: one in a hundred
 
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """Sizes of a judge; the defaults are the one for phantoms of 352 x 352 x 320 mm (0.8 M parameters)."""
+    """Sizes of a judge; the defaults are the one for phantoms of 352 x 352 x 320 mm (1.0 M parameters)."""
 
     size: tuple[int, int, int] = (96, 96, 48)  # voxels that every volume is brought to
-    channels: tuple[int, ...] = (16, 32, 64, 96)
+    channels: tuple[int, ...] = (16, 48, 64, 96)  # of the stem, on half the grid, then of each level that halves it
     norm_groups: int = 8  # few channels in a group: in larger ones what is small drowns, and is learnt late
-    num_res_blocks: int = 1
+    num_res_blocks: int = 1  # on every grid but the stem's, which has most voxels
     classes: int = 18
     details: tuple[str, ...] = ()  # further questions, of a head of their own: side, lobe, size
     # HU, each a channel in [-1, 1]: everything, the air in the lungs, the mediastinum
@@ -43,7 +49,7 @@ class JudgeConfig:
     @property
     def factor(self) -> int:
         """Every axis of `size` must be a multiple of this: the stem and each further level halve it."""
-        return 2 ** len(self.channels)
+        return max(CELL, 2 ** len(self.channels))
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n"
@@ -63,22 +69,19 @@ def _deep_tuple(value: Any) -> Any:
 
 
 class Level(nn.Module):
-    """Residual blocks on one grid, on half the grid before where `halve`; (B, in, …) -> (B, out, …) and what is pooled
-    of it, (B, 2 * out)."""
+    """Residual blocks on half the grid; (B, in, …) -> (B, out, …)."""
 
-    def __init__(self, c: JudgeConfig, in_channels: int, out_channels: int, halve: bool):
+    def __init__(self, c: JudgeConfig, in_channels: int, out_channels: int):
         super().__init__()
-        self.halve = Downsample(in_channels) if halve else nn.Identity()
+        self.halve = Downsample(in_channels)
         widths = [in_channels] + [out_channels] * c.num_res_blocks
         self.blocks = nn.ModuleList([ResBlock(a, b, c.norm_groups, c.norm_eps) for a, b in pairwise(widths)])
-        self.norm = GroupNormSiLU(c.norm_groups, out_channels, c.norm_eps)
 
-    def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, h: Tensor) -> Tensor:
         h = self.halve(h)
         for block in self.blocks:
             h = block(h)
-        seen = self.norm(h)
-        return h, torch.cat((seen.mean((2, 3, 4)), seen.amax((2, 3, 4))), 1)
+        return h
 
 
 class Judge(nn.Module):
@@ -101,9 +104,14 @@ class Judge(nn.Module):
         if not c.windows or any(len(w) != 2 or not w[0] < w[1] for w in c.windows):
             raise ValueError(f"JudgeConfig: windows must be pairs of rising HU, got {c.windows}")
         self.stem = Conv(len(c.windows) + AXES, c.channels[0], stride=2)
-        widths = (c.channels[0], *c.channels)
-        self.levels = nn.ModuleList([Level(c, *pair, halve=i > 0) for i, pair in enumerate(pairwise(widths))])
-        self.head = nn.Linear(2 * sum(c.channels), c.classes)
+        self.levels = nn.ModuleList([Level(c, *pair) for pair in pairwise(c.channels)])
+        self.norms = nn.ModuleList([GroupNormSiLU(c.norm_groups, width, c.norm_eps) for width in c.channels])
+        self.votes = nn.ModuleList([Conv(width, c.classes, kernel=1) for width in c.channels])
+        for vote in self.votes:
+            weight, bias = vote.parameters()
+            nn.init.normal_(weight, std=0.01)
+            nn.init.constant_(bias, RARE / len(c.channels))
+        self.head = nn.Linear(2 * sum(c.channels) + (math.prod(BLOCKS) + 2) * c.classes, c.classes)
         self.detail_head = nn.Linear(self.num_features, len(c.details)) if c.details else None
         self.register_buffer("scale", torch.ones(c.classes))
         self.register_buffer("shift", torch.zeros(c.classes))
@@ -126,13 +134,31 @@ class Judge(nn.Module):
         return self.head(self.features(hu))
 
     def features(self, hu: Tensor) -> Tensor:
-        """hu as `forward` takes it -> (N, F): mean and maximum over the volume of every map of every level. A maximum
-        finds what is small, and on the fine levels finds it after few steps of training."""
-        h, pooled = self.stem(self.prepared(hu)), []
-        for level in self.levels:
-            h, seen = level(h)
-            pooled.append(seen)
-        return torch.cat(pooled, 1)
+        """hu as `forward` takes it -> (N, F): of `look`, what the heads are given."""
+        return self.look(hu)[1]
+
+    def evidence(self, hu: Tensor) -> Tensor:
+        """hu as `forward` takes it -> where the findings are, (N, classes, X/4, Y/4, Z/4) of `config.size`: log odds
+        that some of a finding lies in a cell, as far as training was told where findings are."""
+        return self.look(hu)[0]
+
+    def look(self, hu: Tensor) -> tuple[Tensor, Tensor]:
+        """hu as `forward` takes it -> `evidence` and `features`: mean and maximum over the volume of every map of every
+        level, then of each finding the logarithm of its share of twelve parts of the volume and of all of it, and the
+        strongest evidence. The share says how much and on which side, the strongest evidence finds what is small."""
+        h, pooled, votes = self.stem(self.prepared(hu)), [], []
+        cells = tuple(n // CELL for n in self.config.size)
+        for k, (norm, vote) in enumerate(zip(self.norms, self.votes, strict=True)):
+            h = self.levels[k - 1](h) if k else h
+            seen = norm(h)
+            pooled += [seen.mean((2, 3, 4)), seen.amax((2, 3, 4))]
+            for_cells = F.max_pool3d(seen, CELL // 2) if k == 0 else seen
+            votes.append(F.interpolate(vote(for_cells), size=cells))
+        evidence = torch.stack(votes).sum(0).float()
+        odds = evidence.sigmoid()
+        shares = (F.adaptive_avg_pool3d(odds, BLOCKS).flatten(1), odds.mean((2, 3, 4)))
+        logs = [(torch.log(share + 1e-6) + 7) / 3 for share in shares]  # about as large as the maps
+        return evidence, torch.cat((*pooled, *logs, evidence.amax((2, 3, 4)) / 4), 1)
 
     def details(self, features: Tensor) -> Tensor:
         """`features` -> logits (N, len(config.details)); about a finding that is absent they say nothing."""

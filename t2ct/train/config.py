@@ -134,10 +134,11 @@ class JudgeTraining(Training):
     """Binary cross entropy over the findings, each for itself."""
 
     flip: bool = key(True, "left for right in half of the samples: labels have no sides")
-    move: int = key(2, "voxels at most by which a sample is moved along each axis")
+    move: int = key(2, "voxels at most by which a sample is moved along each axis, by an even number")
     shift_hu: float = key(20.0, "HU at most by which a sample is made brighter or darker")
     noise_hu: float = key(0.0, "standard deviation at most of the noise added to a sample, HU")
     detail_weight: float = key(0.3, "of what reports tell besides: side, lobe and size of the findings they assert")
+    place_weight: float = key(1.0, "of where the findings are, for volumes of which that is known (phantoms)")
     balance: float = key(0.5, "a finding's cases weigh (cases without / cases with) to this power; 0: as all others")
     model: JudgeConfig = field(default_factory=JudgeConfig)
 

@@ -17,13 +17,15 @@ from t2ct.data.phantoms import LABELS
 from t2ct.data.phantoms.reports.details import DETAILS, MIRRORED, details_told, right_by_kind
 from t2ct.eval.metrics.factual import auc
 from t2ct.files import write_files
-from t2ct.models.judge import FILE, Judge
+from t2ct.models.judge import CELL, FILE, Judge
 from t2ct.train.config import JudgeTraining
 from t2ct.train.data.order import Draw, Samples, generator
 from t2ct.train.data.source import Entry, Item, Source
 from t2ct.train.recipe import Batch, Recipe, Shown, readable
 
 HEAVIEST = 20.0  # weight of a case of the rarest finding
+UNKNOWN = 2  # in a cell, of a volume of which nobody knows where the findings are
+HEAVIEST_CELL = 30.0  # weight of a cell of what has the fewest
 PRIOR = 1.0  # of the calibration: how much evidence it takes to leave what training alone would give
 
 
@@ -38,21 +40,38 @@ class Cases:
         u = torch.rand(3, generator=rng).tolist()
         hu, entry = torch.from_numpy(item.hu).float(), self.entries[draw[0]]
         made = {"labels": labels_of(entry)}
+        bits = item.findings if item.findings is not None else np.zeros([n // 2 for n in item.hu.shape])
+        found = torch.from_numpy(bits.astype(np.int32))
         mirrored = c.flip and u[0] < 0.5
         if c.model.details:  # else no report need be read
             told = known_details(entry)
             made["details"] = told[MIRRORED] if mirrored else told
         if mirrored:
-            hu = hu.flip(0)
+            hu, found = hu.flip(0), found.flip(0)
         hu = hu + c.shift_hu * (2 * u[1] - 1)
         if c.noise_hu:
             hu = hu + c.noise_hu * u[2] * torch.randn(hu.shape, generator=rng)
         if c.move:
-            by = torch.randint(-c.move, c.move + 1, (3,), generator=rng).tolist()
-            for axis, n in enumerate(by):  # the border's voxels come again
-                places = (torch.arange(hu.shape[axis]) + n).clamp(0, hu.shape[axis] - 1)
-                hu = hu.index_select(axis, places)
+            by = torch.randint(-(c.move // 2), c.move // 2 + 1, (3,), generator=rng).tolist()
+            hu = moved(hu, [2 * n for n in by])  # even, so that the map of findings moves with it
+            found = moved(found, by)
+        if c.place_weight:
+            made["found"] = cells_of(found) + (UNKNOWN if item.findings is None else 0)
         return made | {"hu": hu[None]}
+
+
+def moved(x: Tensor, by: list[int]) -> Tensor:
+    """x (X, Y, Z) moved by so many voxels; the border's voxels come again."""
+    for axis, n in enumerate(by):
+        places = (torch.arange(x.shape[axis]) + n).clamp(0, x.shape[axis] - 1)
+        x = x.index_select(axis, places)
+    return x
+
+
+def cells_of(bits: Tensor) -> Tensor:
+    """bits (X/2, Y/2, Z/2) int32, as `Item.findings` -> (18, X/4, Y/4, Z/4) uint8: 1 where some of a finding is."""
+    each = bits[None] >> torch.arange(len(LABELS), dtype=torch.int32)[:, None, None, None] & 1
+    return F.max_pool3d(each.float(), 2).to(torch.uint8)
 
 
 def labels_of(entry: Entry) -> Tensor:
@@ -98,7 +117,7 @@ class JudgeRecipe(Recipe):
         return Samples(self.source, Cases(self.source, self.config), self.config.skip_bad, self.bad)
 
     def loss(self, part: str, batch: Batch) -> tuple[Tensor, Shown]:
-        features = self.model.features(batch["hu"])
+        evidence, features = self.model.look(batch["hu"])
         raw = self.model.head(features).float()
         weight = self.weight.to(raw.device)
         loss = F.binary_cross_entropy_with_logits(raw, batch["labels"], pos_weight=weight)
@@ -107,7 +126,11 @@ class JudgeRecipe(Recipe):
             known = told.isfinite()
             each = F.binary_cross_entropy_with_logits(said, told.nan_to_num(), reduction="none")
             loss = loss + self.config.detail_weight * (each * known).sum() / known.sum().clamp_min(1)
-        return loss, {}
+        known = batch["found"][:, 0, 0, 0, 0] < UNKNOWN if self.config.place_weight else torch.zeros(1)
+        if not known.any():
+            return loss, {}
+        where = overlap_loss(evidence[known], batch["found"][known].float())
+        return loss + self.config.place_weight * where, {"where": float(where.detach())}
 
     def validate(self, weights: nn.Module, folder: Path, step: int) -> dict[str, float]:
         """AUC, mean over the findings that some volumes have and some lack, then of each; shares of details found."""
@@ -153,7 +176,22 @@ class JudgeRecipe(Recipe):
         # Whatever the grid, the network brings it to its own size: there is no smaller sample to measure.
         hu = torch.randint(-1000, 1000, (batch, 1, *self.config.model.size)).float()
         labels, told = (torch.randint(2, (batch, n)).float().to(device) for n in (len(LABELS), len(DETAILS)))
-        return {"hu": hu.to(device), "labels": labels, "details": told}
+        cells = torch.randint(2, (batch, len(LABELS), *(n // CELL for n in self.config.model.size)), dtype=torch.uint8)
+        return {"hu": hu.to(device), "labels": labels, "details": told, "found": cells.to(device)}
+
+
+def overlap_loss(evidence: Tensor, found: Tensor) -> Tensor:
+    """How far the evidence is from where the findings are: weighted cross entropy, and what lacks to a Dice overlap
+    of 1 over the batch, of the findings in it (Milletari et al. 2016). Both (B, classes, x, y, z): log odds, 0 or 1.
+
+    A finding's cells weigh by the root of how rare they are; the overlap keeps few cells from drowning in the many."""
+    share = found.mean((0, 2, 3, 4), keepdim=True)
+    weight = share.clamp_min(1e-5).rsqrt().clamp(max=HEAVIEST_CELL)
+    entropy = F.binary_cross_entropy_with_logits(evidence, found, pos_weight=weight)
+    odds = evidence.sigmoid()
+    both, all_of = (odds * found).sum((0, 2, 3, 4)), (odds.square() + found).sum((0, 2, 3, 4))
+    there = found.amax((0, 2, 3, 4))
+    return entropy + ((1 - (2 * both + 1) / (all_of + 1)) * there).sum() / there.sum().clamp_min(1)
 
 
 def short(name: str) -> str:

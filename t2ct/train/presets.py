@@ -175,12 +175,13 @@ TINY_RUNS = {
 }  # fmt: skip
 
 _JUDGE = JudgeTraining(
-    steps=1500, batch=16, learning_rate=2e-3, weight_decay=0.01, warmup=50.0, ema=0.99, valid_count=256,
-    valid_every=250, workers=2, export="float16", model=JudgeConfig(details=DETAILS),
+    steps=2200, batch=8, learning_rate=2e-3, matrix_learning_rate=0.04, weight_decay=0.01, warmup=20.0, ema=0.98,
+    valid_count=256, valid_every=500, workers=2, export="float16", model=JudgeConfig(details=DETAILS),
 )  # fmt: skip
 JUDGES = {
     "recommended": replace(  # for scans: eight times the voxels, and all of CT-RATE some thirty times
-        _JUDGE, steps=50_000, learning_rate=1e-3, warmup=1000.0, ema=0.999, valid_every=2000, valid_count=2000,
+        _JUDGE, steps=50_000, batch=16, learning_rate=1e-3, matrix_learning_rate=0.02, warmup=1000.0, ema=0.999,
+        valid_every=2000, valid_count=2000,
         model=JudgeConfig(size=(192, 192, 96), channels=(24, 48, 96, 160), details=DETAILS),
     ),
     "embedded": _JUDGE,

@@ -46,6 +46,13 @@ def small_findings(mask: np.ndarray) -> np.ndarray:
     return inside.reshape(x, CELL, y, CELL, z, CELL).sum((1, 3, 5), dtype=np.uint8)
 
 
+def finding_cells(bits: np.ndarray) -> np.ndarray:
+    """`Phantom.bits` (X, Y, Z) -> (X/2, Y/2, Z/2) uint32: the findings of every cell of 2^3 voxels."""
+    x, y, z = (n // 2 for n in bits.shape)
+    cells = bits[: 2 * x, : 2 * y, : 2 * z].reshape(x, 2, y, 2, z, 2)
+    return np.bitwise_or.reduce(cells, axis=(1, 3, 5))
+
+
 class PhantomSource:
     """`count` phantoms: seeds 0 to count - 1 to train on ("train"); for validation an eighth as many (4 to
     `valid_count`) other seeds ("valid"); `count` others that only evaluation sees ("test")."""
@@ -64,7 +71,8 @@ class PhantomSource:
         made = phantom(seed, draw_names(seed), self.size)
         spacing = tuple(float(mm) for mm in np.abs(np.diag(made.affine)[:3]))
         hu = np.clip(made.hu, -HU_LIMIT, HU_LIMIT)
-        return Item(hu, spacing, small_findings(made.mask))  # type: ignore[arg-type]
+        assert made.bits is not None
+        return Item(hu, spacing, small_findings(made.mask), finding_cells(made.bits))  # type: ignore[arg-type]
 
 
 class _Entries(Sequence):

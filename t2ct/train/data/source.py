@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from t2ct.files import write_files
 
+ITEM = 2  # rises with what an `Item` holds: what was kept of another is read again
 HU_LIMIT = 1000  # the networks see HU clipped to +-1000
 
 
@@ -37,11 +38,19 @@ class Entry:
 
 @dataclass(frozen=True)
 class Item:
-    """hu: (X, Y, Z) int16. spacing: mm. small: (X/4, Y/4, Z/4) uint8, voxels of small findings, where known."""
+    """hu: (X, Y, Z) int16. spacing: mm. Where known: small, (X/4, Y/4, Z/4) uint8, voxels of small findings; findings,
+    (X/2, Y/2, Z/2) uint32, a bit for each of `LABELS` that lies in a cell of 2^3 voxels."""
 
     hu: np.ndarray
     spacing: tuple[float, float, float]
     small: np.ndarray | None = None
+    findings: np.ndarray | None = None
+
+    @property
+    def known(self) -> dict[str, np.ndarray]:
+        """The maps that are known, by name."""
+        maps = {"small": self.small, "findings": self.findings}
+        return {name: values for name, values in maps.items() if values is not None}
 
 
 class Source(Protocol):
@@ -105,7 +114,7 @@ class Cached:
 
     def __init__(self, source: Source, folder: Path):
         self.source, self.entries, self.size = source, source.entries, source.size
-        self.folder = folder / f"{'x'.join(map(str, source.size))}-{fingerprint(source)}"
+        self.folder = folder / f"{'x'.join(map(str, source.size))}-{fingerprint(source)}-{ITEM}"
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def __len__(self) -> int:
@@ -115,12 +124,12 @@ class Cached:
         path = self.folder / f"{index:07d}.npz"
         try:
             with np.load(path) as kept:
-                return Item(kept["hu"], tuple(kept["spacing"].tolist()), kept["small"] if "small" in kept else None)
+                maps = {name: kept[name] for name in kept.files if name not in ("hu", "spacing")}
+                return Item(kept["hu"], tuple(kept["spacing"].tolist()), **maps)
         except Exception:  # not there, or damaged: whatever it is, the volume is read again
             item = self.source.read(index)
         buffer = io.BytesIO()
-        small = {} if item.small is None else {"small": item.small}
-        np.savez(buffer, hu=item.hu, spacing=np.array(item.spacing), **small)  # type: ignore[arg-type]
+        np.savez(buffer, hu=item.hu, spacing=np.array(item.spacing), **item.known)  # type: ignore[arg-type]
         try:
             write_files({path: buffer.getvalue()})
         except OSError as error:
