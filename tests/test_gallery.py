@@ -55,5 +55,6 @@ def test_wrong_requests_are_refused_before_anything_is_generated(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch, "randn", None)  # no noise, nothing is generated
     with pytest.raises(error, match=told):
-        gallery(**{"path": "a.png", "data": "phantoms:3", "picks": (0,), "known": 2, "device": "cpu", "quiet": True} | options)
+        given = {"path": "a.png", "data": "phantoms:3", "picks": (0,), "known": 2, "device": "cpu", "quiet": True}
+        gallery(**given | options)
     assert not list(tmp_path.iterdir())

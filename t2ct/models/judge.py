@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from t2ct.models.layers import Conv, GroupNormSiLU, channels_last, check_channels, check_volume
+from t2ct.models.layers import Conv, GroupNormSiLU, channels_last, check_channels, check_volume, norm_silu_conv
 from t2ct.models.vae import Downsample, ResBlock
 
 FORMAT = "t2ct-judge-2"
@@ -39,7 +39,7 @@ class JudgeConfig:
     size: tuple[int, int, int] = (96, 96, 48)  # voxels that every volume is brought to
     channels: tuple[int, ...] = (16, 48, 64, 96)  # of the stem, on half the grid, then of each level that halves it
     norm_groups: int = 8  # few channels in a group: in larger ones what is small drowns, and is learnt late
-    num_res_blocks: int = 1  # on every grid but the stem's, which has most voxels
+    num_res_blocks: int = 1  # on every grid but the stem's, which has most voxels, and one convolution
     classes: int = 18
     details: tuple[str, ...] = ()  # further questions, of a head of their own: side, lobe, size
     # HU, each a channel in [-1, 1]: everything, the air in the lungs, the mediastinum
@@ -104,6 +104,9 @@ class Judge(nn.Module):
         if not c.windows or any(len(w) != 2 or not w[0] < w[1] for w in c.windows):
             raise ValueError(f"JudgeConfig: windows must be pairs of rising HU, got {c.windows}")
         self.stem = Conv(len(c.windows) + AXES, c.channels[0], stride=2)
+        # What is as small as a voxel or two, a calcification, a nodule, is told from a vessel here or nowhere.
+        self.fine_norm = GroupNormSiLU(c.norm_groups, c.channels[0], c.norm_eps)
+        self.fine = Conv(c.channels[0], c.channels[0])
         self.levels = nn.ModuleList([Level(c, *pair) for pair in pairwise(c.channels)])
         self.norms = nn.ModuleList([GroupNormSiLU(c.norm_groups, width, c.norm_eps) for width in c.channels])
         self.votes = nn.ModuleList([Conv(width, c.classes, kernel=1) for width in c.channels])
@@ -147,6 +150,7 @@ class Judge(nn.Module):
         level, then of each finding the logarithm of its share of twelve parts of the volume and of all of it, and the
         strongest evidence. The share says how much and on which side, the strongest evidence finds what is small."""
         h, pooled, votes = self.stem(self.prepared(hu)), [], []
+        h, _ = norm_silu_conv(self.fine_norm, self.fine, h, h)
         cells = tuple(n // CELL for n in self.config.size)
         for k, (norm, vote) in enumerate(zip(self.norms, self.votes, strict=True)):
             h = self.levels[k - 1](h) if k else h

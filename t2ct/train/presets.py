@@ -175,7 +175,7 @@ TINY_RUNS = {
 }  # fmt: skip
 
 _JUDGE = JudgeTraining(
-    steps=2200, batch=8, learning_rate=2e-3, matrix_learning_rate=0.04, weight_decay=0.01, warmup=20.0, ema=0.98,
+    steps=1500, batch=8, learning_rate=2e-3, matrix_learning_rate=0.04, weight_decay=0.01, warmup=20.0, ema=0.98,
     valid_count=256, valid_every=500, workers=2, export="float16", model=JudgeConfig(details=DETAILS),
 )  # fmt: skip
 JUDGES = {
