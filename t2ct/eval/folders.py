@@ -32,7 +32,7 @@ def compare_folders(
     from t2ct.eval.run import FORMAT, plain, publish
 
     where = find_device(device)
-    own, judge_hash = open_judge(judge, None, where)
+    own, judge_hash = open_judge(judge, None, where, phantoms=False)
     first = open_volumes(a)
     sides = {"a": first, "b": open_volumes(b, first.size)}
     least = tb.NEEDS["fidelity"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.util
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -189,15 +190,19 @@ def open_clip(model: Any, path: str | Path | None = None, device: torch.device |
     return Clip(network, Tokenizer.from_file(files["tokenizer"]), found["hash"][:16])
 
 
-def open_judge(path: str | Path | None, model: Any, device: torch.device | str) -> tuple[Judge, str]:
-    """The judge at `path`, by default that in the model's folder, and the hash of its weights.
+def open_judge(
+    path: str | Path | None, model: Any, device: torch.device | str, phantoms: bool
+) -> tuple[Judge, str]:  # fmt: skip
+    """The judge at `path`, by default that in the model's folder, else that in the package; the hash of its weights.
 
-    FileNotFoundError says how one is trained.
+    phantoms: that is what it is to look at; where the package's is to look at anything else, a warning says what it
+    has learnt from. FileNotFoundError says how one is trained.
     """
     if path is None:
-        path = EMBEDDED if model is None else model if isinstance(model, (str, Path)) else None
-        if path is None or not (Path(path) / FILE).is_file():
-            raise FileNotFoundError(f"judge: wanted {FILE} in the model's folder, or --judge PATH, got neither. {HOW}")
+        path = model if isinstance(model, (str, Path)) and (Path(model) / FILE).is_file() else EMBEDDED
+        if path == EMBEDDED and not phantoms:
+            told = "phantoms have trained that in the package; of scans it says little"
+            warnings.warn(f"judge: {told}: --judge PATH names another. {HOW}", stacklevel=2)
     try:
         judge = load_judge(path, device)
     except FileNotFoundError as error:

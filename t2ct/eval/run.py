@@ -53,7 +53,7 @@ def evaluate(
               the data's reports, named as the data's volumes
     data      "phantoms:N", or a folder with manifest.csv or shaped as CT-RATE (`t2ct.eval.sets.open_sets`)
     quick     few volumes, few steps: minutes on a CPU
-    judge     a judge's file, folder or run; default: that in the model's folder
+    judge     a judge's file, folder or run; default: that in the model's folder, else the package's
     clip      a CLIP3D with both towers, for alignment: a run or folder; default: the model's, if it has both
     backbones "PATH:factory": networks whose features the distances use instead of the judge's (`Backbone`)
     tables    some of fidelity, factual, alignment, ablation, utility, memorisation
@@ -168,7 +168,7 @@ def _bench(out: str | Path, models: dict[str, Any], o: Options, settings: Settin
     settings = replace(settings, **{k: v for k, v in given.items() if v is not None})
     models = {name: _final(model) for name, model in models.items()}
     folder = next((m for m in models.values() if not _is_volumes(m) and not hasattr(m, "vae")), None)
-    own, judge_hash = open_judge(o.judge, folder, where)
+    own, judge_hash = open_judge(o.judge, folder, where, o.data.startswith("phantoms:"))
     opened = {name: _open_model(model, where) for name, model in models.items()}
     pipes = [pipe for pipe in opened.values() if not isinstance(pipe, Path)]
     size = tuple(pipes[0].size) if pipes else None

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from t2ct.checks import EMBEDDED
 from t2ct.models.layers import Conv, GroupNormSiLU, channels_last, check_channels, check_volume, norm_silu_conv
 from t2ct.models.vae import Downsample, ResBlock
 
@@ -189,12 +190,14 @@ def fit_volume(x: Tensor, size: tuple[int, int, int]) -> Tensor:
     return F.interpolate(x, size=tuple(size), mode="trilinear", align_corners=False)
 
 
-def load_judge(path: str | Path, device: torch.device | str = "cpu") -> Judge:
+def load_judge(path: str | Path | None = None, device: torch.device | str = "cpu") -> Judge:
     """The judge in a .safetensors file, or in judge.safetensors of a model's folder or of a run (RUN/final), in float32
-    and for evaluation. Its configuration is in the file's metadata.
+    and for evaluation; None: that in the package, which phantoms have trained. Its configuration is in the file's
+    metadata.
 
     Raises FileNotFoundError, or ValueError for a file that is none or does not fit its own configuration.
     """
+    path = EMBEDDED if path is None else path
     places = (Path(path), Path(path) / FILE, Path(path) / "final" / FILE)
     file = next((place for place in places if place.is_file()), None)
     if file is None:
