@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from t2ct.commands import eval as evaluation
-from t2ct.commands import explain, generate, info, latents, phantom, plan, train
+from t2ct.commands import explain, generate, info, judge, latents, phantom, plan, train
 
-COMMANDS = (generate, phantom, train, latents, evaluation, plan, explain, info)
+COMMANDS = (generate, phantom, train, latents, evaluation, judge, plan, explain, info)
 
 # What the library raises for something that the user can put right. Anything else is a bug and keeps its traceback.
 USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError)

@@ -55,7 +55,7 @@ def _add_common(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument("--out", metavar="DIR", required=required, help="folder for results.json, report.html, volumes")
     parser.add_argument("--data", metavar="DATA", help="phantoms:N, or a folder (default: phantoms:500)")
     parser.add_argument("--quick", action="store_true", help="few volumes of few steps: minutes on a CPU")
-    parser.add_argument("--judge", metavar="PATH", help="a judge's file or run; default: the model's, else the package's")
+    parser.add_argument("--judge", metavar="PATH", help="a judge's file or run; default: the model's or the package's")
     parser.add_argument(
         "--clip", metavar="RUN", help="run or folder of a CLIP3D with both towers, for alignment; default: the model's"
     )

@@ -1,5 +1,5 @@
-"""Evaluation: the paper's tables (`evaluate`, `compare`), image measurements on chest CTs (`measure`) and whether a
-model does what its prompt says (`listens`)."""
+"""Evaluation: the paper's tables (`evaluate`, `compare`), what a judge says of one volume (`verdicts`), image measurements
+on chest CTs (`measure`), whether a model does what its prompt says (`listens`) and a picture of it (`gallery`)."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from t2ct.eval.run import compare, evaluate
+    from t2ct.eval.verdict import Verdict, verdicts
 
-__all__ = ["compare", "evaluate"]
+__all__ = ["Verdict", "compare", "evaluate", "verdicts"]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:  # on first use: --help and the metrics do without the rest
-        from t2ct.eval import run
+        from t2ct.eval import run, verdict
 
-        return getattr(run, name)
+        return getattr(verdict if hasattr(verdict, name) else run, name)
     raise AttributeError(f"module 't2ct.eval' has no attribute {name!r}")

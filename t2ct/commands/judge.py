@@ -1,0 +1,56 @@
+"""`t2ct judge`: which findings a volume shows, as far as a small network can tell."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from typing import Any
+
+LEAST = 0.5  # probability of what is listed
+
+EPILOG = """\
+examples:
+  t2ct judge ct.nii.gz
+  t2ct judge ct.nii.gz --all --json
+The judge in the package has learnt from phantoms alone: it is there to measure generated volumes. Not for diagnosis.
+"""
+
+
+def add_parser(commands: Any, **options: Any) -> None:
+    """Add this command to argparse's `commands`."""
+    parser = commands.add_parser(
+        "judge", help="say which findings a volume shows", epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter, **options,
+    )  # fmt: skip
+    parser.add_argument("volumes", nargs="+", metavar="VOLUME", help="NIfTI file in HU")
+    parser.add_argument("--judge", metavar="PATH", help="a judge's file or run; default: the package's")
+    parser.add_argument("--all", action="store_true", help="also what is improbable")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print a line for every finding of every volume."""
+    from t2ct.data.io import load_volume
+    from t2ct.eval.verdict import verdicts
+    from t2ct.models.judge import load_judge
+
+    judge = load_judge(args.judge)
+    found = {}
+    for path in args.volumes:
+        try:
+            said = verdicts(load_volume(path), judge)
+        except ValueError as error:
+            raise ValueError(error if str(path) in str(error) else f"{path}: {error}") from None
+        found[path] = [v for v in said if args.all or v.probability >= LEAST]
+    if args.json:
+        print(json.dumps({path: [asdict(v) for v in said] for path, said in found.items()}, indent=2))
+        return
+    for path, said in found.items():
+        print(path)
+        for v in said:
+            details = ", ".join(word for word in (v.side, v.lobe and f"{v.lobe} lobe", v.size) if word)
+            print(f"  {v.probability:.2f}  {v.finding:<34}  {details}".rstrip())
+        if not said:
+            print("  nothing")

@@ -1,0 +1,77 @@
+"""What a judge says of one volume, in Python and on the command line."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from t2ct.cli import main
+from t2ct.data.phantoms import LABELS, phantom
+from t2ct.data.phantoms.reports.details import DETAILS
+from t2ct.data.volume import Volume
+from t2ct.eval import verdicts
+from t2ct.models.judge import Judge, JudgeConfig
+
+CONFIG = JudgeConfig(size=(16, 16, 16), channels=(8, 16), details=DETAILS)
+EFFUSION, NODULE = (LABELS.index(name) for name in ("Pleural effusion", "Lung nodule"))
+
+
+@pytest.fixture
+def judge():
+    """Says that there is an effusion, on both sides, large, and that a nodule is just improbable."""
+    judge = Judge(CONFIG).eval().requires_grad_(False)
+    judge.head.weight.zero_()
+    judge.head.bias.fill_(-3.0)
+    judge.head.bias[EFFUSION], judge.head.bias[NODULE] = 2.0, -0.1
+    judge.detail_head.weight.zero_()
+    for k, name in enumerate(DETAILS):
+        likely = name in ("pleural effusion: side right", "pleural effusion: size large", "lung nodule: lobe lower")
+        judge.detail_head.bias[k] = 3.0 if likely else 1.0 if name == "pleural effusion: side left" else -1.0
+    return judge
+
+
+def test_a_verdict_is_what_the_heads_say_in_words(judge):
+    ct = phantom(0, [], (32, 32, 32)).volume
+    said = verdicts(ct, judge)
+    assert [v.finding for v in said[:2]] == ["Pleural effusion", "Lung nodule"] and len(said) == 18
+    first, second = said[:2]
+    assert first.probability == pytest.approx(1 / (1 + np.exp(-2)), abs=1e-5)
+    assert (first.side, first.lobe, first.size) == ("bilateral", None, "large")
+    assert second.lobe == "lower" and second.side in ("right", "left") and 0.4 < second.probability < 0.5
+    assert verdicts(ct.hu, judge) == said
+    assert {v.finding for v in said} == set(LABELS)
+    silent = Judge(JudgeConfig(size=(16, 16, 16), channels=(8, 16))).eval()
+    assert all(v.side is v.lobe is v.size is None for v in verdicts(ct, silent))
+
+
+def test_what_is_no_ct_is_refused(judge):
+    with pytest.raises(ValueError, match=r"volume: wanted HU, got a volume with no air in it"):
+        verdicts(np.full((20, 20, 20), 40, np.int16), judge)
+    for wrong in (np.zeros((4, 4)), np.full((8, 8, 8), np.nan), np.zeros((0, 4, 4))):
+        with pytest.raises(ValueError, match=r"volume: wanted finite HU of shape \(X, Y, Z\), got shape"):
+            verdicts(wrong, judge)
+
+
+def test_the_command(judge, tmp_path, capsys):
+    file, ct, bad = tmp_path / "judge.safetensors", tmp_path / "ct.nii.gz", tmp_path / "bad.nii.gz"
+    save_file({k: v.contiguous() for k, v in judge.state_dict().items()}, file, {"config": CONFIG.to_json()})
+    phantom(0, [], (32, 32, 32)).volume.save(ct)
+    Volume(np.full((20, 20, 20), 40, np.int16), np.eye(4)).save(bad)
+    assert main(["judge", str(ct), "--judge", str(file)]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out == [str(ct), f"  0.88  {'Pleural effusion':<34}  bilateral, large"]
+    assert main(["judge", str(ct), "--judge", str(file), "--all", "--json"]) == 0
+    (told,) = json.loads(capsys.readouterr().out).values()
+    assert len(told) == 18 and told[0]["size"] == "large"
+    assert main(["judge", str(ct), str(bad), "--judge", str(file)]) == 2
+    printed = capsys.readouterr()
+    assert "bad.nii.gz: volume: wanted HU" in printed.err and not printed.out
+    assert main(["judge", str(ct), "--judge", str(tmp_path / "none")]) == 2
+    with torch.no_grad():
+        judge.head.bias.fill_(-9)
+    save_file({k: v.contiguous() for k, v in judge.state_dict().items()}, file, {"config": CONFIG.to_json()})
+    capsys.readouterr()
+    assert main(["judge", str(ct), "--judge", str(file)]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == "  nothing"
