@@ -2,6 +2,9 @@
 
 import errno
 import os
+import signal
+import subprocess
+import sys
 from importlib import import_module
 from itertools import product
 
@@ -255,6 +258,35 @@ def test_interrupt_leaves_no_file(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         vae.decode(z, least, spool_dir=tmp_path, step=stop)
     assert not names and not list(tmp_path.iterdir())  # a spool has no name even while it is used
+
+
+KILLED = """
+import os, signal, sys, torch
+from t2ct.models import VAE, VAEConfig
+from t2ct.stream import graph, plan_for
+from t2ct.stream.plan import smallest_plan
+graph.TILE = {"cpu": 2**12, "cuda": 2**12}
+vae = VAE(VAEConfig(channels=(16, 32), norm_groups=8, num_res_blocks=2)).eval().requires_grad_(False)
+z = torch.zeros(1, 4, 9, 6, 5)
+plan = smallest_plan(plan_for(vae.nodes("decode"), z.shape, z.dtype, "cpu").graph, True, 4)
+assert plan.spool > 0
+done = []
+def step(_):
+    done.append(1)
+    if len(done) == 20:
+        held = [os.path.realpath(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd")]
+        print(sum(sys.argv[1] in name for name in held), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+vae.decode(z, plan.peak, spool_dir=sys.argv[1], step=step)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_killed_process_leaves_no_file(tmp_path):
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert int(done.stdout.split()[-1]) > 0  # it held spools when it died
+    assert not list(tmp_path.iterdir())
 
 
 @settings(max_examples=60, deadline=None)

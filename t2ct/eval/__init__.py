@@ -1,5 +1,5 @@
-"""Evaluation: the paper's tables (`evaluate`, `compare`), what a judge says of one volume (`verdicts`), image measurements
-on chest CTs (`measure`), whether a model does what its prompt says (`listens`) and a picture of it (`gallery`)."""
+"""Evaluation: the paper's tables (`evaluate`, `compare`), what a judge says of one volume (`verdicts`), image
+measurements on chest CTs (`measure`), whether a model does what its prompt says (`listens`), pictures (`gallery`)."""
 
 from __future__ import annotations
 
