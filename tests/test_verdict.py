@@ -9,10 +9,13 @@ from safetensors.torch import save_file
 
 from t2ct.cli import main
 from t2ct.data.phantoms import LABELS, phantom
-from t2ct.data.phantoms.reports.details import DETAILS
+from t2ct.data.phantoms.reports.details import ASPECTS, DETAILS, details_told
 from t2ct.data.volume import Volume
 from t2ct.eval import verdicts
-from t2ct.models.judge import Judge, JudgeConfig
+from t2ct.eval.judged import judged
+from t2ct.eval.metrics.factual import auc
+from t2ct.models.judge import Judge, JudgeConfig, load_judge
+from t2ct.train.data.phantoms import PhantomSource
 
 CONFIG = JudgeConfig(size=(16, 16, 16), channels=(8, 16), details=DETAILS)
 EFFUSION, NODULE = (LABELS.index(name) for name in ("Pleural effusion", "Lung nodule"))
@@ -75,3 +78,32 @@ def test_the_command(judge, tmp_path, capsys):
     capsys.readouterr()
     assert main(["judge", str(ct), "--judge", str(file)]) == 0
     assert capsys.readouterr().out.splitlines()[1] == "  nothing"
+
+
+def test_how_good_a_judge_is(judge, tmp_path, capsys):
+    file = tmp_path / "judge.safetensors"
+    with torch.no_grad():  # knows one thing: how much is not air
+        judge.head.weight[EFFUSION, 0] = 1e-3
+    save_file({k: v.contiguous() for k, v in judge.state_dict().items()}, file, {"config": CONFIG.to_json()})
+    found = judged("phantoms:24", file, quiet=True, device="cpu")
+    assert {"auc_macro", "precision_weighted", "calibration_error", "side", "lobe", "size"} <= set(found)
+    row = found["by_finding"]["Pleural effusion"]
+    source = PhantomSource(24, "test", CONFIG.size)
+    labels = np.array([e.labels for e in source.entries])
+    assert row["cases"] == labels[:, EFFUSION].sum()
+    network = load_judge(file)
+    scores = [network(torch.from_numpy(source.read(i).hu)[None, None].float())[0, EFFUSION] for i in range(24)]
+    assert row["auc"].value == pytest.approx(auc(np.array(scores), labels[:, EFFUSION]))
+    assert found["by_finding"]["Cardiomegaly"]["auc"].value == 0.5  # all alike
+    told = np.stack([details_told(e.texts[0]) for e in source.entries])
+    sides = [a.start for a in ASPECTS if a.kind == "side"]
+    assert found["side"].n == np.isfinite(told[:, sides]).sum() > 20
+    words = ["judge", "--data", "phantoms:4", "--judge", str(file), "--device", "cpu"]
+    assert main(words) == 0 and "| Pleural effusion |" in capsys.readouterr().out
+    assert main([*words, "--count", "3", "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["auc_macro"]) == {"value", "low", "high", "n"}
+    for wrong, message in (
+        ([], "wanted either VOLUME or --data, got neither"), (["a.nii.gz", "--data", "phantoms:4"], "got both"),
+        (["--data", "phantoms:1"], "data: wanted at least 2 volumes, got 1"), (["--data", "nowhere"], "nowhere"),
+    ):  # fmt: skip
+        assert main(["judge", "--judge", str(file), *wrong]) == 2 and message in capsys.readouterr().err

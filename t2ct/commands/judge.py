@@ -13,6 +13,8 @@ EPILOG = """\
 examples:
   t2ct judge ct.nii.gz
   t2ct judge ct.nii.gz --all --json
+  t2ct judge --data phantoms:500            how good it is, on volumes that it was not trained on
+  t2ct judge --data SCANS --judge RUN
 The judge in the package has learnt from phantoms alone: it is there to measure generated volumes. Not for diagnosis.
 """
 
@@ -23,20 +25,29 @@ def add_parser(commands: Any, **options: Any) -> None:
         "judge", help="say which findings a volume shows", epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter, **options,
     )  # fmt: skip
-    parser.add_argument("volumes", nargs="+", metavar="VOLUME", help="NIfTI file in HU")
+    parser.add_argument("volumes", nargs="*", metavar="VOLUME", help="NIfTI file in HU")
     parser.add_argument("--judge", metavar="PATH", help="a judge's file or run; default: the package's")
+    parser.add_argument("--data", metavar="DATA", help="instead: phantoms:N or a folder with labels: how good it is")
+    parser.add_argument("--count", type=int, metavar="N", help="volumes of DATA at most")
+    parser.add_argument("--device", help="cpu, cuda, …; default: cuda where there is one")
     parser.add_argument("--all", action="store_true", help="also what is improbable")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print a line for every finding of every volume."""
+    """Print a line for every finding of every volume, or figures of the judge."""
+    if bool(args.volumes) == bool(args.data):
+        raise ValueError(f"wanted either VOLUME or --data, got {'both' if args.data else 'neither'}")
+    if args.data:
+        _measure(args)
+        return
+    from t2ct.checks import find_device
     from t2ct.data.io import load_volume
     from t2ct.eval.verdict import verdicts
     from t2ct.models.judge import load_judge
 
-    judge = load_judge(args.judge)
+    judge = load_judge(args.judge, find_device(args.device))
     found = {}
     for path in args.volumes:
         try:
@@ -54,3 +65,11 @@ def run(args: argparse.Namespace) -> None:
             print(f"  {v.probability:.2f}  {v.finding:<34}  {details}".rstrip())
         if not said:
             print("  nothing")
+
+
+def _measure(args: argparse.Namespace) -> None:
+    from t2ct.eval.judged import as_markdown, judged
+    from t2ct.eval.run import plain
+
+    found = judged(args.data, args.judge, count=args.count, device=args.device)
+    print(json.dumps(plain(found), indent=2) if args.json else as_markdown(found))

@@ -1,0 +1,56 @@
+"""How good is a judge? Its answers on volumes whose labels are known and that it was not trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from t2ct.checks import find_device
+from t2ct.eval.look import Look
+from t2ct.eval.sets import labels_of, open_sets
+from t2ct.eval.store import Seen
+from t2ct.eval.tables import NEEDS, factual
+from t2ct.models.judge import load_judge
+
+SIDE = "_generated"  # how `factual` names what it measures, which here was not generated
+
+
+def judged(
+    data: str | Path = "phantoms:500", judge: str | Path | None = None, *, count: int | None = None,
+    device: str | None = None, quiet: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Figures of a judge (default: the package's) on the volumes to evaluate of `data`, as of `t2ct.eval.evaluate`.
+
+    count: volumes at most. Returns "auc_macro", "auc_weighted", "precision_macro", "precision_weighted",
+    "calibration_error", shares of sides, lobes and sizes found, all `Estimate`s, and "by_finding". Raises
+    FileNotFoundError, or ValueError for data without labels or with too few volumes, before any volume is judged.
+    """
+    where = find_device(device)
+    network = load_judge(judge, where)
+    test = open_sets(data, network.config.size, count).test
+    labels, least = labels_of(test), NEEDS["factual"]
+    if labels is None:
+        raise ValueError(f"data: wanted labels, got none in {data}")
+    if len(test) < least:
+        raise ValueError(f"data: wanted at least {least} volumes, got {len(test)}")
+    look = Look(network, None, (), where)
+    rows = [look(test.read(i).hu, whole=False) for i in tqdm(range(len(test)), "judging", disable=quiet)]
+    names: list[str] = [name for name in ("logits", "details") if name in rows[0]]
+    seen: Seen = {name: np.stack([row[name] for row in rows]) for name in names}
+    table = factual(None, seen, labels, [test.entries[i].texts[0] for i in range(len(test))])
+    each = {name: {k.removesuffix(SIDE): v for k, v in row.items()} for name, row in table.pop("by_finding").items()}
+    return {k.removesuffix(SIDE): v for k, v in table.items() if "reliability" not in k} | {"by_finding": each}
+
+
+def as_markdown(found: dict[str, Any]) -> str:
+    """What `judged` returns as two tables."""
+    lines = ["| figure | value and 95 % interval |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in found.items() if name != "by_finding"]
+    lines += ["", "| finding | cases | AUC | precision |", "|---|---|---|---|"]
+    lines += [
+        f"| {name} | {row['cases']} | {row['auc']} | {row['precision']} |" for name, row in found["by_finding"].items()
+    ]
+    return "\n".join(lines)
