@@ -99,7 +99,7 @@ def test_how_good_a_judge_is(judge, tmp_path, capsys):
     sides = [a.start for a in ASPECTS if a.kind == "side"]
     assert found["side"].n == np.isfinite(told[:, sides]).sum() > 20
     words = ["judge", "--data", "phantoms:4", "--judge", str(file), "--device", "cpu"]
-    assert main(words) == 0 and "| Pleural effusion |" in capsys.readouterr().out
+    assert main(words) == 0 and "| Interlobular septal thickening | 1 |" in capsys.readouterr().out
     assert main([*words, "--count", "3", "--json"]) == 0
     assert set(json.loads(capsys.readouterr().out)["auc_macro"]) == {"value", "low", "high", "n"}
     for wrong, message in (
