@@ -10,6 +10,9 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # more threads than cores wait for one another
+    workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 from t2ct.ops import norm_cpu, use_backend  # noqa: E402  after the switch
 from t2ct.ops.dispatch import native, why_not  # noqa: E402

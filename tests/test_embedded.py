@@ -4,20 +4,28 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 
 import t2ct
 from t2ct.checks import EMBEDDED
+from t2ct.data.phantoms import LABELS, phantom
+from t2ct.eval import verdicts
 from t2ct.eval.grid import coarsen
+from t2ct.eval.look import open_judge
+from t2ct.eval.metrics.factual import auc
+from t2ct.models.judge import FILE
 from t2ct.pipeline import T2CTPipeline
+from t2ct.train.data.phantoms import PhantomSource
 
 needs_embedded = pytest.mark.skipif(
     not (EMBEDDED / "unet.safetensors").exists(), reason="the package holds no embedded model"
 )
+needs_judge = pytest.mark.skipif(not (EMBEDDED / FILE).exists(), reason="the package holds no judge")
 
 
 @needs_embedded
 def test_the_embedded_model_is_small():
-    assert sum(p.stat().st_size for p in EMBEDDED.iterdir()) <= 24e6
+    assert sum(p.stat().st_size for p in EMBEDDED.iterdir()) <= 40e6
 
 
 @needs_embedded
@@ -50,4 +58,25 @@ def test_effusion_lies_on_the_side_that_was_asked_for():
         back = hu[:, :, 14:30, 8:18]  # posterior, lower half of the chest
         right, left = back[:, 34:54].mean((1, 2, 3)), back[:, 10:30].mean((1, 2, 3))
         differences.append((right - left) if side == "right" else (left - right))
-    assert (np.concatenate(differences) > 0).mean() > 0.6
+    assert (np.concatenate(differences) > 0).mean() > 0.7
+
+
+@needs_judge
+def test_the_judge_in_the_package():
+    """Small, finds what phantoms show that it was not trained on, and warns before it looks at anything else."""
+    assert (EMBEDDED / FILE).stat().st_size <= 6e6
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        judge, _ = open_judge(None, None, "cpu", phantoms=True)
+    with pytest.warns(UserWarning, match="of scans it says little; t2ct train judge --data SCANS"):
+        again, _ = open_judge(None, EMBEDDED, "cpu", phantoms=False)
+    source = PhantomSource(32, "test", judge.config.size)
+    hu = torch.from_numpy(np.stack([source.read(i).hu for i in range(32)])).float()[:, None]
+    labels = np.array([e.labels for e in source.entries])
+    says = judge(hu).numpy()
+    assert np.array_equal(says, again(hu).numpy())
+    areas = [auc(says[:, k], labels[:, k]) for k in range(18)]
+    assert np.nanmean(areas) > 0.85 and areas[LABELS.index("Pleural effusion")] > 0.95
+    told = verdicts(phantom(700_000_001, [{"name": "pleural effusion", "side": "left", "size": "large"}]).volume)
+    (effusion,) = (v for v in told if v.finding == "Pleural effusion")
+    assert effusion.probability > 0.9 and effusion.side == "left" and effusion.size in ("moderate", "large")

@@ -273,7 +273,8 @@ def test_compare_two_folders_of_volumes_alone(model, scans, tmp_path, capsys):
     assert labelled["a"]["factual"]["auc_macro_generated"]["n"] == 36 and "difference" not in labelled
 
 
-def test_the_model_in_a_message_where_there_is_no_judge(model, tmp_path, published, capsys):
+def test_the_model_in_a_message_where_there_is_no_judge(model, tmp_path, published, capsys, monkeypatch):
+    monkeypatch.setattr("t2ct.eval.look.EMBEDDED", tmp_path)
     folder = tmp_path / "model"
     shutil.copytree(model, folder)
     (folder / "judge.safetensors").unlink()

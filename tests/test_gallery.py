@@ -46,7 +46,7 @@ def test_coarse_takes_means():
         ({"path": "a.jpg"}, ValueError, "path: wanted a file named .png, got 'a.jpg'"),
         ({"picks": (3,)}, IndexError, r"picks: wanted reports from 0 to 2, got \[3\]"),
         ({"picks": ()}, IndexError, r"picks: wanted reports from 0 to 2, got \[\]"),
-        ({"known": 0}, ValueError, "data: wanted training volumes beside those to evaluate, got none in phantoms:3"),
+        ({"known": 0}, ValueError, "known: wanted at least 1 training volume, got 0"),
         ({"data": "nowhere"}, FileNotFoundError, "nowhere"),
         ({"model": "nowhere"}, FileNotFoundError, "nowhere"),
     ],

@@ -12,7 +12,7 @@ from t2ct.data.phantoms import LABELS, phantom
 from t2ct.data.phantoms.reports.details import ASPECTS, DETAILS, details_told
 from t2ct.data.volume import Volume
 from t2ct.eval import verdicts
-from t2ct.eval.judged import judged
+from t2ct.eval.judging.judged import judged
 from t2ct.eval.metrics.factual import auc
 from t2ct.models.judge import Judge, JudgeConfig, load_judge
 from t2ct.train.data.phantoms import PhantomSource
@@ -53,8 +53,10 @@ def test_what_is_no_ct_is_refused(judge):
     with pytest.raises(ValueError, match=r"volume: wanted HU, got a volume with no air in it"):
         verdicts(np.full((20, 20, 20), 40, np.int16), judge)
     for wrong in (np.zeros((4, 4)), np.full((8, 8, 8), np.nan), np.zeros((0, 4, 4))):
-        with pytest.raises(ValueError, match=r"volume: wanted finite HU of shape \(X, Y, Z\), got shape"):
+        with pytest.raises(ValueError, match="hu: wanted"):
             verdicts(wrong, judge)
+    with pytest.raises(ValueError, match="judge: wanted 18 findings, got 3"):
+        verdicts(phantom(0, [], (32, 32, 32)).hu, Judge(JudgeConfig(size=(16, 16, 16), channels=(8, 16), classes=3)))
 
 
 def test_the_command(judge, tmp_path, capsys):

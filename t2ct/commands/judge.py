@@ -44,16 +44,17 @@ def run(args: argparse.Namespace) -> None:
         return
     from t2ct.checks import find_device
     from t2ct.data.io import load_volume
-    from t2ct.eval.verdict import verdicts
-    from t2ct.models.judge import load_judge
+    from t2ct.eval.judging.verdict import verdicts
+    from t2ct.eval.look import open_judge
 
-    judge = load_judge(args.judge, find_device(args.device))
+    volumes = {path: load_volume(path) for path in args.volumes}
+    judge, _ = open_judge(args.judge, None, find_device(args.device), all(v.synthetic for v in volumes.values()))
     found = {}
-    for path in args.volumes:
+    for path, volume in volumes.items():
         try:
-            said = verdicts(load_volume(path), judge)
+            said = verdicts(volume, judge)
         except ValueError as error:
-            raise ValueError(error if str(path) in str(error) else f"{path}: {error}") from None
+            raise ValueError(f"{path}: {error}") from None
         found[path] = [v for v in said if args.all or v.probability >= LEAST]
     if args.json:
         print(json.dumps({path: [asdict(v) for v in said] for path, said in found.items()}, indent=2))
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _measure(args: argparse.Namespace) -> None:
-    from t2ct.eval.judged import as_markdown, judged
+    from t2ct.eval.judging.judged import as_markdown, judged
     from t2ct.eval.run import plain
 
     found = judged(args.data, args.judge, count=args.count, device=args.device)

@@ -166,7 +166,7 @@ class Bench:
 
     def _update_seconds(self) -> float:
         """What an update of a classifier takes, from one sample's."""
-        from t2ct.eval.relearn import recipe
+        from t2ct.eval.judging.relearn import recipe
 
         judge = Judge(self.look.judge.config).to(self.look.device)
         start = time.perf_counter()
@@ -232,7 +232,7 @@ class Bench:
         steps = self.settings.relearnt
         if not steps:
             return tb.utility(crossed_scores(real["features"], made["features"], labels), labels)
-        from t2ct.eval.relearn import Made, learnt_scores
+        from t2ct.eval.judging.relearn import Made, learnt_scores
 
         test = self.sets.test
         volumes = Made(test.entries, lambda i: self.volume(system, i), test.size)

@@ -57,9 +57,13 @@ def gallery(
     """Draw a PNG with a row for each report that `picks` names, and return the rows.
 
     model: a folder as `save_pretrained` leaves it; default the model in the package. data: as of `t2ct.eval.evaluate`,
-    of which the first `known` training volumes are searched for the nearest. Report i is generated from the seed i.
+    of which the first `known` training volumes are searched for the nearest; the model in the package learnt from
+    phantoms of these seeds as an earlier revision drew them. All volumes are shown on the model's grid. Report i is
+    generated from the seed i.
     Raises FileNotFoundError, FileExistsError, IndexError or ValueError before anything is generated.
     """
+    if known < 1:
+        raise ValueError(f"known: wanted at least 1 training volume, got {known}")
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise ValueError(f"path: wanted a file named .png, got {str(path)!r}")
@@ -72,11 +76,9 @@ def gallery(
     if sets.train is None:
         raise ValueError(f"data: wanted training volumes beside those to evaluate, got none in {data}")
     maker = Maker(pipe, [sets.test.entries[i].texts[0] for i in range(len(sets.test))])
-    made, real = [], []
-    for i in tqdm(picks, "generating", disable=quiet):
-        made.append(maker.make(i, i + 1, steps, guidance)[0].hu)
-        real.append(sets.test.read(i).hu)
-    kept = np.stack([coarse(sets.train.read(i).hu) for i in tqdm(range(len(sets.train)), "searching", disable=quiet)])
+    real = [sets.test.read(i).hu for i in picks]
+    kept = np.stack([coarse(sets.train.read(i).hu) for i in tqdm(range(len(sets.train)), "reading", disable=quiet)])
+    made = [maker.make(i, i + 1, steps, guidance)[0].hu for i in tqdm(picks, "generating", disable=quiet)]
     index, distance = nearest(np.stack([coarse(hu) for hu in made]), kept)
     unseen = nearest(np.stack([coarse(hu) for hu in real]), kept)[1]
     rows = [_row(sets.train, maker.prompts[i], made[n], real[n], int(index[n]), float(distance[n]), float(unseen[n]))

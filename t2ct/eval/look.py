@@ -30,6 +30,10 @@ from t2ct.train.parts.tokens import token_ids
 
 SLICES = 8  # of each plane, over the middle 80 % of the volume
 PIXELS = (24, 24, 16)  # grid on which volumes are compared voxel by voxel
+SCANS = (
+    "phantoms have trained that in the package, and of scans it says little; t2ct train judge --data SCANS --out judge "
+    "trains one, then --judge judge"
+)
 HOW = "t2ct train judge --preset embedded --out judge trains one; then --judge judge"
 
 
@@ -37,8 +41,8 @@ class Look:
     """Takes from a volume (X, Y, Z) int16 HU, in float32:
 
     logits (18,) of the judge; details (D,): its logits of side, lobe and size, if it has them; features (F,): of the
-    3-D backbone, by default the judge; slices (3, SLICES, F): of the 2-D backbone, axial, coronal, sagittal; embedding
-    (E,): of CLIP3D, if there is one; pixels: HU on a coarse grid.
+    3-D backbone, by default the judge's pooled maps; slices (3, SLICES, F): of the 2-D backbone, axial, coronal,
+    sagittal; embedding (E,): of CLIP3D, if there is one; pixels: HU on a coarse grid.
     """
 
     def __init__(
@@ -56,7 +60,7 @@ class Look:
         own = self.judge.features(x)
         seen = {
             "logits": self.judge.calibrated(self.judge.head(own))[0],
-            "features": own[0] if self.solid is None else self.solid(x)[0],
+            "features": own[0, : self.judge.num_maps] if self.solid is None else self.solid(x)[0],
             "pixels": F.adaptive_avg_pool3d(x, PIXELS)[0, 0],
         }
         if self.judge.config.details == DETAILS:
@@ -78,7 +82,8 @@ class Look:
         cut = x[0, 0].index_select(axis, places).movedim(axis, 0)  # (SLICES, H, W)
         if self.flat is not None:
             return self.flat(cut[:, None])
-        return self._thin(axis).features(cut[:, None].unsqueeze(2 + axis))
+        thin = self._thin(axis)
+        return thin.features(cut[:, None].unsqueeze(2 + axis))[:, : thin.num_maps]
 
     def _thin(self, axis: int) -> Judge:
         """The judge for one slice: drawn out along its normal, one voxel deep where the network is deepest.
@@ -200,9 +205,8 @@ def open_judge(
     """
     if path is None:
         path = model if isinstance(model, (str, Path)) and (Path(model) / FILE).is_file() else EMBEDDED
-        if path == EMBEDDED and not phantoms:
-            told = "phantoms have trained that in the package; of scans it says little"
-            warnings.warn(f"judge: {told}: --judge PATH names another. {HOW}", stacklevel=2)
+        if Path(path).resolve() == EMBEDDED.resolve() and not phantoms:
+            warnings.warn(f"judge: {SCANS}", stacklevel=2)
     try:
         judge = load_judge(path, device)
     except FileNotFoundError as error:

@@ -33,11 +33,12 @@ class Volumes(FolderSource):
 @dataclass
 class Sets:
     """What there is to evaluate with. test: unseen volumes and their reports. train: what a model may have learnt by
-    heart, if known. notices: what was left out."""
+    heart, if known. notices: what was left out. split: which of its data `test` is; "": they have no splits."""
 
     test: Source
     train: Source | None
     notices: list[str] = field(default_factory=list)
+    split: str = "test"
 
 
 def open_sets(spec: str | Path, size: Size, count: int | None = None, train_count: int = 0) -> Sets:
@@ -65,7 +66,7 @@ def open_sets(spec: str | Path, size: Size, count: int | None = None, train_coun
         chosen = rows[:count] if split == "" else chosen
     known = [row for row in rows if row.split == "train" and split][:train_count]
     check_files([*chosen, *known], size, notices)
-    return Sets(Volumes(chosen, size), Volumes(known, size) if known else None, notices)
+    return Sets(Volumes(chosen, size), Volumes(known, size) if known else None, notices, split)
 
 
 def open_volumes(folder: str | Path, size: Size | None = None) -> Volumes:

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from t2ct.checks import EMBEDDED
 from t2ct.models.layers import Conv, GroupNormSiLU, channels_last, check_channels, check_volume, norm_silu_conv
 from t2ct.models.vae import Downsample, ResBlock
 
@@ -49,7 +48,7 @@ class JudgeConfig:
 
     @property
     def factor(self) -> int:
-        """Every axis of `size` must be a multiple of this: the stem and each further level halve it."""
+        """Every axis of `size` must be a multiple of this, whole cells that the stem and each level halve."""
         return max(CELL, 2 ** len(self.channels))
 
     def to_json(self) -> str:
@@ -115,7 +114,7 @@ class Judge(nn.Module):
             weight, bias = vote.parameters()
             nn.init.normal_(weight, std=0.01)
             nn.init.constant_(bias, RARE / len(c.channels))
-        self.head = nn.Linear(2 * sum(c.channels) + (math.prod(BLOCKS) + 2) * c.classes, c.classes)
+        self.head = nn.Linear(self.num_maps + (math.prod(BLOCKS) + 2) * c.classes, c.classes)
         self.detail_head = nn.Linear(self.num_features, len(c.details)) if c.details else None
         self.register_buffer("scale", torch.ones(c.classes))
         self.register_buffer("shift", torch.zeros(c.classes))
@@ -124,6 +123,11 @@ class Judge(nn.Module):
     def num_features(self) -> int:
         """F of `features`."""
         return self.head.in_features
+
+    @property
+    def num_maps(self) -> int:
+        """How many of the features, the first, are means and maxima of maps: what is seen, not what is made of it."""
+        return 2 * sum(self.config.channels)
 
     def forward(self, hu: Tensor) -> Tensor:
         """hu (N, 1, X, Y, Z) floating, HU, any grid over a whole chest, RAS -> calibrated logits (N, classes)."""
@@ -142,8 +146,8 @@ class Judge(nn.Module):
         return self.look(hu)[1]
 
     def evidence(self, hu: Tensor) -> Tensor:
-        """hu as `forward` takes it -> where the findings are, (N, classes, X/4, Y/4, Z/4) of `config.size`: log odds
-        that some of a finding lies in a cell, as far as training was told where findings are."""
+        """hu as `forward` takes it -> where the findings are, (N, classes, X/4, Y/4, Z/4) float32 of `config.size`:
+        log odds that some of a finding lies in a cell, as far as training was told where findings are."""
         return self.look(hu)[0]
 
     def look(self, hu: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,7 +167,8 @@ class Judge(nn.Module):
         odds = evidence.sigmoid()
         shares = (F.adaptive_avg_pool3d(odds, BLOCKS).flatten(1), odds.mean((2, 3, 4)))
         logs = [(torch.log(share + 1e-6) + 7) / 3 for share in shares]  # about as large as the maps
-        return evidence, torch.cat((*pooled, *logs, evidence.amax((2, 3, 4)) / 4), 1)
+        found = torch.cat((*pooled, *logs, evidence.amax((2, 3, 4)) / 4), 1)
+        return evidence, found.to(hu.dtype)
 
     def details(self, features: Tensor) -> Tensor:
         """`features` -> logits (N, len(config.details)); about a finding that is absent they say nothing."""
@@ -190,14 +195,12 @@ def fit_volume(x: Tensor, size: tuple[int, int, int]) -> Tensor:
     return F.interpolate(x, size=tuple(size), mode="trilinear", align_corners=False)
 
 
-def load_judge(path: str | Path | None = None, device: torch.device | str = "cpu") -> Judge:
+def load_judge(path: str | Path, device: torch.device | str = "cpu") -> Judge:
     """The judge in a .safetensors file, or in judge.safetensors of a model's folder or of a run (RUN/final), in float32
-    and for evaluation; None: that in the package, which phantoms have trained. Its configuration is in the file's
-    metadata.
+    and for evaluation. Its configuration is in the file's metadata.
 
     Raises FileNotFoundError, or ValueError for a file that is none or does not fit its own configuration.
     """
-    path = EMBEDDED if path is None else path
     places = (Path(path), Path(path) / FILE, Path(path) / "final" / FILE)
     file = next((place for place in places if place.is_file()), None)
     if file is None:

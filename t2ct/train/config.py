@@ -131,7 +131,7 @@ class LDMTraining(Training):
 
 @dataclass(frozen=True)
 class JudgeTraining(Training):
-    """Binary cross entropy over the findings, each for itself."""
+    """Binary cross entropy of the findings, each for itself, of their details, and where they lie."""
 
     flip: bool = key(True, "left for right in half of the samples: labels have no sides")
     move: int = key(2, "voxels at most by which a sample is moved along each axis, by an even number")

@@ -30,7 +30,8 @@ PRIOR = 1.0  # of the calibration: how much evidence it takes to leave what trai
 
 
 class Cases:
-    """Prepares a sample: the volume in HU, changed a little, and its labels."""
+    """Prepares a sample: hu (1, X, Y, Z) float32, changed a little; labels (18,) float32; where asked for, details
+    (len(DETAILS),) float32, NaN where unknown, and found (18, X/4, Y/4, Z/4) uint8, `UNKNOWN` if nobody knows."""
 
     def __init__(self, source: Source, config: JudgeTraining):
         self.entries, self.config = source.entries, config
@@ -40,8 +41,9 @@ class Cases:
         u = torch.rand(3, generator=rng).tolist()
         hu, entry = torch.from_numpy(item.hu).float(), self.entries[draw[0]]
         made = {"labels": labels_of(entry)}
-        bits = item.findings if item.findings is not None else np.zeros([n // 2 for n in item.hu.shape])
-        found = torch.from_numpy(bits.astype(np.int32))
+        found = torch.zeros([n // 2 for n in item.hu.shape], dtype=torch.int32)
+        if c.place_weight and item.findings is not None:
+            found = torch.from_numpy(item.findings.astype(np.int32))
         mirrored = c.flip and u[0] < 0.5
         if c.model.details:  # else no report need be read
             told = known_details(entry)
@@ -56,7 +58,7 @@ class Cases:
             hu = moved(hu, [2 * n for n in by])  # even, so that the map of findings moves with it
             found = moved(found, by)
         if c.place_weight:
-            made["found"] = cells_of(found) + (UNKNOWN if item.findings is None else 0)
+            made["found"] = cells_of(found) if item.findings is not None else cells_of(found) + UNKNOWN
         return made | {"hu": hu[None]}
 
 
@@ -87,10 +89,11 @@ def known_details(entry: Entry) -> Tensor:
 
 
 class JudgeRecipe(Recipe):
-    """parts: "judge"."""
+    """parts: "judge". The overlap of places is that of a micro-batch: see `overlap_loss`."""
 
     config: JudgeTraining
     better = 1
+    shown = ("where",)
 
     def __init__(
         self, config: JudgeTraining, model: Judge, source: Source | None, valid: Source | None = None,
@@ -126,11 +129,10 @@ class JudgeRecipe(Recipe):
             known = told.isfinite()
             each = F.binary_cross_entropy_with_logits(said, told.nan_to_num(), reduction="none")
             loss = loss + self.config.detail_weight * (each * known).sum() / known.sum().clamp_min(1)
-        known = batch["found"][:, 0, 0, 0, 0] < UNKNOWN if self.config.place_weight else torch.zeros(1)
-        if not known.any():
+        if not self.config.place_weight:
             return loss, {}
-        where = overlap_loss(evidence[known], batch["found"][known].float())
-        return loss + self.config.place_weight * where, {"where": float(where.detach())}
+        where = overlap_loss(evidence, batch["found"])
+        return loss + self.config.place_weight * where, {"where": where.item()}
 
     def validate(self, weights: nn.Module, folder: Path, step: int) -> dict[str, float]:
         """AUC, mean over the findings that some volumes have and some lack, then of each; shares of details found."""
@@ -182,16 +184,21 @@ class JudgeRecipe(Recipe):
 
 def overlap_loss(evidence: Tensor, found: Tensor) -> Tensor:
     """How far the evidence is from where the findings are: weighted cross entropy, and what lacks to a Dice overlap
-    of 1 over the batch, of the findings in it (Milletari et al. 2016). Both (B, classes, x, y, z): log odds, 0 or 1.
+    of 1 over the batch, of the findings in it (Milletari et al. 2016).
 
-    A finding's cells weigh by the root of how rare they are; the overlap keeps few cells from drowning in the many."""
-    share = found.mean((0, 2, 3, 4), keepdim=True)
+    evidence: (B, classes, x, y, z) float32 log odds. found: likewise, uint8, 0 or 1; a volume whose cells are `UNKNOWN`
+    counts for nothing. A finding's cells weigh by the root of how rare they are; the overlap keeps few cells from
+    drowning in the many, and is that of what is seen at once: micro-batches, unlike elsewhere, change it a little."""
+    known = (found[:, :1, :1, :1, :1] < UNKNOWN).float()
+    volumes = known.sum().clamp_min(1)
+    found, odds = found.float() * known, evidence.sigmoid() * known
+    share = found.sum((0, 2, 3, 4), keepdim=True) / (volumes * found[0, 0].numel())
     weight = share.clamp_min(1e-5).rsqrt().clamp(max=HEAVIEST_CELL)
-    entropy = F.binary_cross_entropy_with_logits(evidence, found, pos_weight=weight)
-    odds = evidence.sigmoid()
+    entropy = F.binary_cross_entropy_with_logits(evidence, found, pos_weight=weight, reduction="none") * known
     both, all_of = (odds * found).sum((0, 2, 3, 4)), (odds.square() + found).sum((0, 2, 3, 4))
     there = found.amax((0, 2, 3, 4))
-    return entropy + ((1 - (2 * both + 1) / (all_of + 1)) * there).sum() / there.sum().clamp_min(1)
+    lacking = ((1 - (2 * both + 1) / (all_of + 1)) * there).sum() / there.sum().clamp_min(1)
+    return entropy.sum() / (volumes * found[0].numel()) + lacking
 
 
 def short(name: str) -> str:

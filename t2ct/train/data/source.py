@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from t2ct.files import write_files
 
 ITEM = 2  # rises with what an `Item` holds: what was kept of another is read again
+BYTES = 2 + 4 / 2**3 + 1 / 4**3  # of an `Item`, a voxel
 HU_LIMIT = 1000  # the networks see HU clipped to +-1000
 
 
@@ -139,5 +140,5 @@ class Cached:
 
 def cached(source: Source, folder: Path, gigabytes: float) -> Source:
     """The source through a cache in `folder`, if all its volumes fit in `gigabytes`."""
-    need = len(source) * 2 * float(np.prod(source.size)) / 1e9
+    need = len(source) * BYTES * float(np.prod(source.size)) / 1e9
     return Cached(source, folder) if need <= gigabytes else source

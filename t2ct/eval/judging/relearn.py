@@ -51,7 +51,7 @@ class Both:
 
 
 def recipe(model: JudgeConfig, count: int, steps: int) -> JudgeTraining:
-    """How each of the three classifiers is trained: as `t2ct train judge --preset embedded`."""
+    """How each of the three classifiers is trained: as `t2ct train judge --preset embedded`, from labels alone."""
     made = preset("judge", "embedded")
     assert isinstance(made, JudgeTraining)
     return replace(

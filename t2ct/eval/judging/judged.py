@@ -1,7 +1,8 @@
-"""How good is a judge? Its answers on volumes whose labels are known and that it was not trained on."""
+"""How good is a judge? Its answers on volumes whose labels are known."""
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,10 @@ import numpy as np
 from tqdm import tqdm
 
 from t2ct.checks import find_device
-from t2ct.eval.look import Look
+from t2ct.eval.look import Look, open_judge
 from t2ct.eval.sets import labels_of, open_sets
 from t2ct.eval.store import Seen
 from t2ct.eval.tables import NEEDS, factual
-from t2ct.models.judge import load_judge
 
 SIDE = "_generated"  # how `factual` names what it measures, which here was not generated
 
@@ -26,11 +26,18 @@ def judged(
 
     count: volumes at most. Returns "auc_macro", "auc_weighted", "precision_macro", "precision_weighted",
     "calibration_error", shares of sides, lobes and sizes found, all `Estimate`s, and "by_finding". Raises
-    FileNotFoundError, or ValueError for data without labels or with too few volumes, before any volume is judged.
+    FileNotFoundError, or ValueError for data without labels or with too few volumes, before any volume is judged; warns
+    where the judge may know the volumes: of the split "valid", which chose and calibrated it, or of none.
     """
     where = find_device(device)
-    network = load_judge(judge, where)
-    test = open_sets(data, network.config.size, count).test
+    network, _ = open_judge(judge, None, where, str(data).startswith("phantoms:"))
+    sets = open_sets(data, network.config.size, count)
+    if sets.split != "test":
+        told = "training may have seen the volumes, which have no split"
+        if sets.split:
+            told = f'the volumes are of the split "{sets.split}", on which judges are chosen and calibrated'
+        warnings.warn(f"data: {told}", stacklevel=2)
+    test = sets.test
     labels, least = labels_of(test), NEEDS["factual"]
     if labels is None:
         raise ValueError(f"data: wanted labels, got none in {data}")

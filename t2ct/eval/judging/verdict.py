@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from t2ct.checks import EMBEDDED
 from t2ct.data.phantoms import LABELS
 from t2ct.data.phantoms.reports.details import ASPECTS, DETAILS
-from t2ct.data.volume import Volume
+from t2ct.data.volume import Volume, as_hu
 from t2ct.models.judge import Judge, load_judge
 from t2ct.train.data.source import hu_evidence
 
@@ -31,15 +32,16 @@ class Verdict:
 def verdicts(volume: Volume | np.ndarray, judge: Judge | None = None) -> list[Verdict]:
     """What `judge` (default: that in the package, trained on phantoms) says of a volume, the most probable first.
 
-    volume: a `Volume`, or (X, Y, Z) HU of a whole chest, axes RAS. Raises ValueError for what is not in HU.
+    volume: a `Volume`, or (X, Y, Z) HU of a whole chest, axes RAS. Raises TypeError or ValueError for what is no
+    volume, not finite or not in HU, FileNotFoundError where there is no judge.
     """
-    hu = np.asarray(volume.hu if isinstance(volume, Volume) else volume)
-    if hu.ndim != 3 or not hu.size or not np.isfinite(hu).all():
-        raise ValueError(f"volume: wanted finite HU of shape (X, Y, Z), got shape {hu.shape}")
+    hu = as_hu(volume.hu if isinstance(volume, Volume) else volume)
     evidence = hu_evidence(hu)
     if evidence:
         raise ValueError(f"volume: wanted HU, got a volume with {evidence}")
-    judge = load_judge() if judge is None else judge
+    judge = load_judge(EMBEDDED) if judge is None else judge
+    if judge.config.classes != len(LABELS):
+        raise ValueError(f"judge: wanted {len(LABELS)} findings, got {judge.config.classes}")
     x = torch.from_numpy(np.ascontiguousarray(hu)).to(next(judge.parameters()).device).float()[None, None]
     features = judge.features(x)
     odds = judge.calibrated(judge.head(features))[0].double().sigmoid().tolist()
