@@ -144,8 +144,8 @@ class Spots:
 
 def test_it_learns_and_says_how_sure_it_is(tmp_path):
     config = JudgeTraining(
-        model=SMALL, steps=240, batch=8, learning_rate=5e-3, ema=0.8, valid_count=64, precision="float32",
-        export="float16",
+        model=SMALL, steps=240, batch=8, learning_rate=3e-3, matrix_learning_rate=0.02, ema=0.8, valid_count=64,
+        precision="float32", export="float16",
     )
     torch.manual_seed(0)
     with pytest.warns(UserWarning, match="nothing to learn of 16 findings"):
