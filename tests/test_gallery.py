@@ -21,7 +21,7 @@ def test_a_gallery_is_drawn_and_says_what_is_near(tmp_path):
     wanted = np.sqrt(np.mean((coarse(made).astype(float) - coarse(near)) ** 2))
     assert row.distance == pytest.approx(wanted) and row.unseen_distance > 0
     with Image.open(path) as picture:
-        assert picture.width > 3 * picture.height and np.asarray(picture).std() > 20
+        assert picture.width > 3 * picture.height and np.asarray(picture.convert("L")).std() > 20
     with pytest.raises(FileExistsError, match="gallery.png"):
         gallery(path, device="cpu", quiet=True)
 

@@ -32,6 +32,7 @@ from t2ct.train.data.source import Source
 VIEWS = (("coronal", 0.52, "wide"), ("axial", 0.5, "lung"), ("axial", 0.4, "soft"))  # plane, where, window
 HEIGHT = 150  # of a view, pixels
 LINE = 19
+GREYS = 64  # of the file: nobody sees more, and it is a third as large
 LETTERS = 190  # of the report, a line
 LINES = 9
 COLUMNS = ("generated", "what the report is of", "nearest training volume")
@@ -84,7 +85,8 @@ def gallery(
     rows = [_row(sets.train, maker.prompts[i], made[n], real[n], int(index[n]), float(distance[n]), float(unseen[n]))
             for n, i in enumerate(picks)]  # fmt: skip
     buffer = io.BytesIO()
-    draw(rows, pipe.spacing, f"{sets.train.entries[0].name} and {len(sets.train) - 1} more").save(buffer, "PNG")
+    picture = draw(rows, pipe.spacing, f"{sets.train.entries[0].name} and {len(sets.train) - 1} more")
+    picture.quantize(GREYS).save(buffer, "PNG", optimize=True)
     write_files({path: buffer.getvalue()})
     return rows
 
