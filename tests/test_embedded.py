@@ -25,7 +25,7 @@ needs_judge = pytest.mark.skipif(not (EMBEDDED / FILE).exists(), reason="the pac
 
 @needs_embedded
 def test_the_embedded_model_is_small():
-    assert sum(p.stat().st_size for p in EMBEDDED.iterdir()) <= 40e6
+    assert sum(p.stat().st_size for p in EMBEDDED.iterdir() if p.name != FILE) <= 24e6
 
 
 @needs_embedded
@@ -52,13 +52,13 @@ def test_effusion_lies_on_the_side_that_was_asked_for():
     pipe = T2CTPipeline.from_pretrained(device="cpu")
     differences = []
     for side in ("right", "left"):
-        prompts = [f"Large {side} pleural effusion."] * 3
+        prompts = [f"Large {side} pleural effusion."] * 4
         made = pipe(prompts, generator=1, num_inference_steps=12, output_type="np", progress=False)
         hu = np.stack([coarsen(one, pipe.spacing)[0] for one in made])
         back = hu[:, :, 14:30, 8:18]  # posterior, lower half of the chest
         right, left = back[:, 34:54].mean((1, 2, 3)), back[:, 10:30].mean((1, 2, 3))
         differences.append((right - left) if side == "right" else (left - right))
-    assert (np.concatenate(differences) > 0).mean() > 0.7
+    assert (np.concatenate(differences) > 0).mean() >= 0.75
 
 
 @needs_judge

@@ -32,7 +32,7 @@ from t2ct.train.data.source import Source
 VIEWS = (("coronal", 0.52, "wide"), ("axial", 0.5, "lung"), ("axial", 0.4, "soft"))  # plane, where, window
 HEIGHT = 150  # of a view, pixels
 LINE = 19
-GREYS = 64  # of the file: nobody sees more, and it is a third as large
+GREYS = 64  # of the file: nobody sees more, and it is half as large
 LETTERS = 190  # of the report, a line
 LINES = 9
 COLUMNS = ("generated", "what the report is of", "nearest training volume")

@@ -41,23 +41,21 @@ class Cases:
         u = torch.rand(3, generator=rng).tolist()
         hu, entry = torch.from_numpy(item.hu).float(), self.entries[draw[0]]
         made = {"labels": labels_of(entry)}
-        found = torch.zeros([n // 2 for n in item.hu.shape], dtype=torch.int32)
-        if c.place_weight and item.findings is not None:
-            found = torch.from_numpy(item.findings.astype(np.int32))
+        found = places_of(item) if c.place_weight else None
         mirrored = c.flip and u[0] < 0.5
         if c.model.details:  # else no report need be read
             told = known_details(entry)
             made["details"] = told[MIRRORED] if mirrored else told
         if mirrored:
-            hu, found = hu.flip(0), found.flip(0)
+            hu, found = hu.flip(0), None if found is None else found.flip(0)
         hu = hu + c.shift_hu * (2 * u[1] - 1)
         if c.noise_hu:
             hu = hu + c.noise_hu * u[2] * torch.randn(hu.shape, generator=rng)
         if c.move:
             by = torch.randint(-(c.move // 2), c.move // 2 + 1, (3,), generator=rng).tolist()
             hu = moved(hu, [2 * n for n in by])  # even, so that the map of findings moves with it
-            found = moved(found, by)
-        if c.place_weight:
+            found = None if found is None else moved(found, by)
+        if found is not None:
             made["found"] = cells_of(found) if item.findings is not None else cells_of(found) + UNKNOWN
         return made | {"hu": hu[None]}
 
@@ -68,6 +66,13 @@ def moved(x: Tensor, by: list[int]) -> Tensor:
         places = (torch.arange(x.shape[axis]) + n).clamp(0, x.shape[axis] - 1)
         x = x.index_select(axis, places)
     return x
+
+
+def places_of(item: Item) -> Tensor:
+    """(X/2, Y/2, Z/2) int32, `Item.findings`, or zeros where nobody knows."""
+    if item.findings is None:
+        return torch.zeros([n // 2 for n in item.hu.shape], dtype=torch.int32)
+    return torch.from_numpy(item.findings.astype(np.int32))
 
 
 def cells_of(bits: Tensor) -> Tensor:
