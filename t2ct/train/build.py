@@ -56,9 +56,10 @@ def build(
 
 def _source(config: Training, data: str, split: str, cache: Path, bad: Path) -> Source:
     left_out: list[str] = []
+    labels = isinstance(config, JudgeTraining) or bool(getattr(config, "label_weight", 0))
     source = open_data(
         data, split, config.model.size, texts=isinstance(config, CLIPTraining),
-        labels=isinstance(config, JudgeTraining), skip_bad=config.skip_bad, bad=left_out,
+        labels=labels, skip_bad=config.skip_bad, bad=left_out,
         valid_count=max(VALID_COUNT, config.valid_count),
     )  # fmt: skip
     if left_out:

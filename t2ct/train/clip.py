@@ -16,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from t2ct.eval.metrics.factual import auc
 from t2ct.models import CLIP3D
 from t2ct.text import Tokenizer
 from t2ct.train.config import CLIPTraining
+from t2ct.train.data.answers import QUESTIONS, answers_of, labels_of, sentences
 from t2ct.train.data.order import Draw, Samples, generator
 from t2ct.train.data.source import Item, Source
 from t2ct.train.parts.codebook import SteadyQuantizer
@@ -28,6 +30,17 @@ from t2ct.train.recipe import Batch, Recipe, Shown, gather, last_only, ranks, re
 from t2ct.train.show.figures import recall
 
 LONGEST_SCALE = math.log(100)
+SENTENCE = 16  # tokens of a sentence about a finding
+
+
+def answer_loss(embedding: Tensor, yes: Tensor, no: Tensor, answers: Tensor, scale: Tensor) -> Tensor:
+    """Mean cross entropy of embeddings (B, E) that lie nearer to sentences that say yes (Q, E), or no (Q, E).
+
+    answers: (B, Q) 1, 0, or NaN where nothing is known, which counts as answered without loss."""
+    logits = scale * embedding @ (yes - no).T
+    known = answers.isfinite()
+    each = F.binary_cross_entropy_with_logits(logits, answers.nan_to_num(), reduction="none")
+    return (each * known).mean()
 
 
 def info_nce(text: Tensor, volume: Tensor, scale: Tensor) -> Tensor:
@@ -38,7 +51,8 @@ def info_nce(text: Tensor, volume: Tensor, scale: Tensor) -> Tensor:
 
 
 class Reports:
-    """Prepares a sample: the volume in HU and the token ids of one of its reports, to its own length."""
+    """Prepares a sample: the volume in HU, the token ids of one of its reports, to its own length; with a label_weight
+    the answers (QUESTIONS,)."""
 
     def __init__(self, source: Source, tokenizer: Tokenizer, config: CLIPTraining):
         self.entries, self.tokenizer, self.config = source.entries, tokenizer, config
@@ -47,7 +61,8 @@ class Reports:
         texts, rng = self.entries[draw[0]].texts, generator(self.config.seed, draw[1])
         text = texts[int(torch.randint(len(texts), (1,), generator=rng))]
         ids = token_ids(self.tokenizer, [text], self.config.model.clip.text.max_length)[0]
-        return {"volume": torch.from_numpy(item.hu)[None], "ids": ids}
+        made = {"volume": torch.from_numpy(item.hu)[None], "ids": ids} if self.config.contrast_weight else {"ids": ids}
+        return made | {"answers": answers_of(self.entries[draw[0]])} if self.config.label_weight else made
 
 
 class CLIPRecipe(Recipe):
@@ -66,10 +81,22 @@ class CLIPRecipe(Recipe):
             raise ValueError(f"batch: wanted at most the {len(source)} volumes of the data, got {config.batch}")
         self.config, self.model, self.tokenizer, self.source, self.valid = config, model, tokenizer, source, valid
         self.bad = bad
+        self.questions: Tensor | None = None
+        if config.label_weight:
+            text = config.model.clip.text
+            self.questions = torch.zeros(2 * QUESTIONS, SENTENCE + 1, dtype=torch.long)  # to measure memory by
+            self.questions[:, -1] = text.eot_id
+            if tokenizer is not None:
+                yes, no = sentences()
+                self.questions = token_ids(tokenizer, (*yes, *no), text.max_length)
         tower: Any = model.model.vision_model
         if not isinstance(tower.vq, SteadyQuantizer):
             tower.vq = SteadyQuantizer(tower.vq, config.codebook_decay, config.dead_share, config.batch)
         self.quantizer: SteadyQuantizer = tower.vq
+        frozen = ["vision_model", "visual_projection"] if not config.contrast_weight else []
+        frozen += ["text_model", "text_projection"] if config.freeze_text else []
+        for name in frozen:
+            getattr(model.model, name).requires_grad_(False)
         self.parts: dict[str, nn.Module] = {"clip": model}
 
     def samples(self) -> Samples:
@@ -81,14 +108,29 @@ class CLIPRecipe(Recipe):
         self.model.logit_scale.clamp_(0, LONGEST_SCALE)
         self.quantizer.forget()
 
-    def loss(self, part: str, batch: Batch) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """Embeddings of a micro-batch, (B, E) each, in float32: the loss wants all of them."""
-        text, volume, _ = self.model(batch["ids"], batch["volume"].float())
-        return text.float(), volume.float()
+    def loss(self, part: str, batch: Batch) -> Any:
+        """Embeddings of a micro-batch, (B, E) each, in float32: InfoNCE wants all of them; and the loss of its answers,
+        a mean over its samples. Without a contrast that of the reports' answers alone, and what is shown."""
+        if not self.config.contrast_weight:
+            text = self.model.encode_text(batch["ids"])[:, 0].float()
+            scale = self.model.logit_scale.exp()
+            return self.config.label_weight * self._asked((text,), batch["answers"], scale), {"scale": scale.item()}
+        text, volume, scale = self.model(batch["ids"], batch["volume"].float())
+        text, volume, asked = text.float(), volume.float(), torch.zeros((), device=text.device)
+        if self.config.label_weight and torch.is_grad_enabled():
+            asked = self._asked((text, volume), batch["answers"], scale)
+        return text, volume, asked
+
+    def _asked(self, embeddings: Sequence[Tensor], answers: Tensor, scale: Tensor) -> Tensor:
+        assert self.questions is not None
+        yes, no = self.model.encode_text(self.questions.to(answers.device))[:, 0].float().chunk(2)
+        return sum(answer_loss(e, yes, no, answers, scale) for e in embeddings) / len(embeddings)  # type: ignore
 
     def gradients(
         self, part: str, call: nn.Module, micros: Sequence[Batch], backward: Callable[[Tensor], None], autocast: Any
     ) -> tuple[Tensor, Shown]:
+        if not self.config.contrast_weight:
+            return super().gradients(part, call, micros, backward, autocast)
         cached = len(micros) > 1 or ranks()[1] > 1
         if self.quantizer._codebook.initted == 0:
             self._first_codes(micros, autocast)
@@ -104,7 +146,7 @@ class CLIPRecipe(Recipe):
                 self.quantizer.counting = True
                 made = [call(part, micros[0])]
                 self.quantizer.counting = False
-        texts, volumes = (torch.cat([pair[i] for pair in made]) for i in (0, 1))
+        texts, volumes = (torch.cat([part[i] for part in made]) for i in (0, 1))
         own = len(texts)
         if cached:
             texts, volumes = texts.requires_grad_(), volumes.requires_grad_()
@@ -114,34 +156,39 @@ class CLIPRecipe(Recipe):
             at = rank * own
             every = [torch.cat((e[:at], t, e[at + own :])) for e, t in zip(every, (texts, volumes), strict=True)]
         scale = self.model.logit_scale.exp() if not cached else self.model.logit_scale.detach().exp().requires_grad_()
-        loss = info_nce(every[0], every[1], scale)
+        loss = self.config.contrast_weight * info_nce(every[0], every[1], scale)
         if cached:
             gradients = torch.autograd.grad(loss, (texts, volumes, scale))
-            self._pass_on(call, part, micros, gradients, backward, autocast, seed)
+            loss = loss + self._pass_on(call, part, micros, gradients, backward, autocast, seed)
         else:
+            loss = loss + self.config.label_weight * made[0][2]
             backward(loss)
         hit = ((every[0] @ every[1].T).argmax(1) == torch.arange(len(every[0]), device=loss.device)).float().mean()
         return loss.detach().float().cpu(), {"hit": hit.item(), "scale": scale.item()}
 
-    def _pass_on(self, call, part, micros, gradients, backward, autocast, seed) -> None:
-        """Compute every micro-batch again, with the same random numbers, and hand the embeddings' gradients through."""
+    def _pass_on(self, call, part, micros, gradients, backward, autocast, seed) -> Tensor:
+        """Compute every micro-batch again, with the same random numbers, and hand the embeddings' gradients through;
+        returns the weighted loss of the answers, which each micro-batch has for itself."""
         _, world = ranks()
         texts, volumes, scale = gradients
-        start = 0
+        start, total = 0, torch.zeros(())
         self.quantizer.counting = True
         for i, batch in enumerate(micros):
             rows = slice(start, start := start + len(batch["ids"]))
             torch.manual_seed(seed + i)
             with last_only(call, i, len(micros)):
                 with autocast():
-                    text, volume = call(part, batch)
+                    text, volume, asked = call(part, batch)
                 # Ranks average their gradients; of rows they have a share each, of the scale all of them the whole.
                 through = world * ((text * texts[rows]).sum() + (volume * volumes[rows]).sum())
                 # exp's own derivative; each micro-batch brings its share
                 own = self.model.logit_scale
                 through = through + own * (scale * own.detach().exp()) / len(micros)
-                backward(through)
+                asked = self.config.label_weight * asked / len(micros)
+                total = total + asked.detach().cpu()
+                backward(through + asked)
         self.quantizer.counting = False
+        return total.to(scale.device)
 
     def _first_codes(self, micros: Sequence[Batch], autocast: Any) -> None:
         """Codes begin as tokens of the first batch."""
@@ -154,23 +201,40 @@ class CLIPRecipe(Recipe):
         self.quantizer.move(0)
 
     def after(self, step: int) -> None:
-        self.quantizer.move(step + 1)
+        if self.config.contrast_weight:
+            self.quantizer.move(step + 1)
 
     def validate(self, weights: nn.Module, folder: Path, step: int) -> dict[str, float]:
-        """R@1, R@5 and R@10 of reports for volumes and of volumes for reports."""
+        """R@1, R@5 and R@10 of reports for volumes and of volumes for reports; with a label_weight the mean AUC of the
+        findings' sentences, of volumes and of reports."""
         if self.valid is None or not len(self.valid) or self.tokenizer is None:
             return {}
         device = next(weights.parameters()).device
-        texts, volumes = [], []
+        texts, volumes, answers = [], [], []
         for i, item in readable(self.valid, self.config.valid_count, self.config.skip_bad):
             ids = token_ids(self.tokenizer, self.valid.entries[i].texts[:1], self.config.model.clip.text.max_length)
             texts.append(weights.encode_text(ids.to(device))[:, 0])  # type: ignore[operator]
-            hu = torch.from_numpy(item.hu)[None, None].to(device)
-            volumes.append(weights.encode_volume(hu.float()))  # type: ignore[operator]
+            if self.config.contrast_weight:
+                hu = torch.from_numpy(item.hu)[None, None].to(device)
+                volumes.append(weights.encode_volume(hu.float()))  # type: ignore[operator]
+            if self.questions is not None:
+                answers.append(labels_of(self.valid.entries[i]))
         if not texts:
             return {}
-        found = recall(torch.cat(texts).float(), torch.cat(volumes).float())
-        return {"mean_recall": sum(found.values()) / len(found)} | found
+        shown: dict[str, float] = {}
+        if volumes:
+            found = recall(torch.cat(texts).float(), torch.cat(volumes).float())
+            shown = {"mean_recall": sum(found.values()) / len(found)} | found
+        if self.questions is not None:
+            yes, no = weights.encode_text(self.questions.to(device))[:, 0].float().chunk(2)  # type: ignore[operator]
+            truth = torch.stack(answers).numpy()
+            for name, of in (("zero_shot_auc", volumes), ("auc_of_reports", texts)):
+                if not of:
+                    continue
+                scores = (torch.cat(of).float() @ (yes - no).T).cpu().numpy()
+                known = [a for k in range(truth.shape[1]) if (a := auc(scores[:, k], truth[:, k])) == a]
+                shown[name] = sum(known) / max(1, len(known))
+        return shown
 
     def export(self, folder: Path, weights: nn.Module) -> None:
         export_folder(folder, self.config, clip=weights, tokenizer=self.tokenizer)
@@ -182,7 +246,10 @@ class CLIPRecipe(Recipe):
         volume = torch.randint(-1000, 1000, (batch, 1, x, x, slabs * vision.temporal_patch_size), dtype=torch.int16)
         ids = torch.randint(0, text.eot_id, (batch, text.max_length))
         ids[:, -1] = text.eot_id
-        return {"volume": volume.to(device), "ids": ids.to(device)}
+        made = {"volume": volume, "ids": ids} if self.config.contrast_weight else {"ids": ids}
+        if self.config.label_weight:
+            made["answers"] = torch.randint(2, (batch, QUESTIONS)).float()
+        return {name: value.to(device) for name, value in made.items()}
 
 
 @torch.inference_mode()

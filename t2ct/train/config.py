@@ -107,6 +107,16 @@ class CLIPTraining(Training):
     tokenizer: str = key("", "a tokenizer.json; empty: that of `start`, or one is learnt from the reports")
     codebook_decay: float = key(0.8, "of the quantiser's codes, which follow the tokens")
     dead_share: float = key(0.03, "of an even share of the tokens, under which a code is given a new place")
+    contrast_weight: float = key(1.0, "of InfoNCE; 0: no volume is looked at, and reports learn from answers alone")
+    freeze_text: bool = key(False, "only the vision tower learns: it meets reports where they are (of `start`)")
+    label_weight: float = key(0.0, 'of the answers that both embeddings give to "X is present."; above 0 needs labels')
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.contrast_weight and not self.label_weight:
+            raise ValueError("contrast_weight: wanted more than 0, or a label_weight to learn from, got 0 for both")
+        if self.freeze_text and not self.contrast_weight:
+            raise ValueError("freeze_text: wanted a contrast_weight above 0, or nothing would learn, got 0")
 
 
 @dataclass(frozen=True)
@@ -122,11 +132,17 @@ class LDMTraining(Training):
     latents: str = key("sampled", "sampled: mu + sigma * fresh noise", choices=("sampled", "means"))
     text_dropped: float = key(0.1, "share of samples that see no text")
     text_noise: float = key(0.0, "length of the noise added to a text's unit vector")
+    whiten: bool = key(False, "contexts as wide in every direction; the weights take that up in the end")
     small_weight: float = key(0.0, "further weight of latent voxels a quarter full of a small finding")
     lora: int = key(0, "rank of low-rank adapters that alone are trained; 0: all weights")
     preview_every: int = key(0, "steps between volumes of fixed prompts; 0: at the end only")
     preview_count: int = key(2, "prompts of the validation split that are drawn")
     preview_steps: int = key(30, "sampling steps of a preview")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.whiten and self.lora:
+            raise ValueError("whiten: wanted no adapters beside it, since they are kept without the weights, got lora")
 
 
 @dataclass(frozen=True)

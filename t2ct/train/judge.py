@@ -14,13 +14,14 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from t2ct.data.phantoms import LABELS
-from t2ct.data.phantoms.reports.details import DETAILS, MIRRORED, details_told, right_by_kind
+from t2ct.data.phantoms.reports.details import DETAILS, MIRRORED, right_by_kind
 from t2ct.eval.metrics.factual import auc
 from t2ct.files import write_files
 from t2ct.models.judge import CELL, FILE, Judge
 from t2ct.train.config import JudgeTraining
+from t2ct.train.data.answers import known_details, labels_of
 from t2ct.train.data.order import Draw, Samples, generator
-from t2ct.train.data.source import Entry, Item, Source
+from t2ct.train.data.source import Item, Source
 from t2ct.train.recipe import Batch, Recipe, Shown, readable
 
 HEAVIEST = 20.0  # weight of a case of the rarest finding
@@ -79,18 +80,6 @@ def cells_of(bits: Tensor) -> Tensor:
     """bits (X/2, Y/2, Z/2) int32, as `Item.findings` -> (18, X/4, Y/4, Z/4) uint8: 1 where some of a finding is."""
     each = bits[None] >> torch.arange(len(LABELS), dtype=torch.int32)[:, None, None, None] & 1
     return F.max_pool3d(each.float(), 2).to(torch.uint8)
-
-
-def labels_of(entry: Entry) -> Tensor:
-    """(18,) float32."""
-    return torch.tensor(entry.labels, dtype=torch.float32)
-
-
-def known_details(entry: Entry) -> Tensor:
-    """(len(DETAILS),) float32, NaN where nothing is known: what is recorded, else what the report tells."""
-    if entry.details is None and not entry.texts:
-        return torch.full((len(DETAILS),), float("nan"))
-    return torch.tensor(entry.details or details_told(entry.texts[0]).tolist())
 
 
 class JudgeRecipe(Recipe):

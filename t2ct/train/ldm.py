@@ -23,6 +23,7 @@ from t2ct.train.data.order import Draw, Samples, generator
 from t2ct.train.parts.folders import export_folder
 from t2ct.train.parts.lora import lora_state, merged
 from t2ct.train.parts.tokens import token_ids
+from t2ct.train.parts.whitening import folded, multiply, whitening
 from t2ct.train.recipe import Batch, Recipe, Shown
 
 SCALE_LATENTS = 256  # latents that the scale factor is measured on, where there are so many
@@ -55,8 +56,11 @@ def measure_scale(source: LatentSource, sampled: bool) -> float:
 class Flows:
     """Prepares a sample: latent, context, spacing, and all that is drawn for it."""
 
-    def __init__(self, config: LDMTraining, contexts: Sequence[Tensor], spacing: tuple[float, float, float]):
-        self.config, self.contexts, self.spacing = config, contexts, torch.tensor(spacing)
+    def __init__(
+        self, config: LDMTraining, contexts: Sequence[Tensor], spacing: tuple[float, float, float],
+        white: Tensor | None = None,
+    ):  # fmt: skip
+        self.config, self.contexts, self.spacing, self.white = config, contexts, torch.tensor(spacing), white
 
     def __call__(self, latent: Latent, draw: Draw) -> Batch:
         index, number, place = draw
@@ -67,6 +71,8 @@ class Flows:
         if c.text_noise:
             noise = torch.randn(context.shape, generator=rng)
             context = F.normalize(context + c.text_noise * noise / context.shape[-1] ** 0.5, dim=-1)
+        if self.white is not None:
+            context = context @ self.white
         x0 = latent.mu.float()
         eps = torch.randn(x0.shape, generator=rng)
         if c.latents == "sampled":
@@ -104,12 +110,17 @@ class LDMRecipe(Recipe):
         self.config, self.model, self.vae, self.clip, self.tokenizer = config, model, vae, clip, tokenizer
         self.source, self.valid = source, valid
         self.scale = measure_scale(source, config.latents == "sampled") if source else 1.0
+        self.contexts, self.white = None if source is None else self._contexts(source), None
+        if config.whiten and self.contexts:
+            self.white = whitening(torch.cat(self.contexts))
+            if config.start:
+                multiply(model, torch.linalg.inv(self.white.double()))
         freeze_dead(model)
         self.parts: dict[str, nn.Module] = {"unet": model}
 
     def samples(self) -> Samples:
-        assert self.source is not None
-        flows = Flows(self.config, self._contexts(self.source), self.config.model.spacing)
+        assert self.source is not None and self.contexts is not None
+        flows = Flows(self.config, self.contexts, self.config.model.spacing, self.white)
         return Samples(self.source, flows)  # type: ignore[arg-type]
 
     def loss(self, part: str, batch: Batch) -> tuple[Tensor, Shown]:
@@ -146,7 +157,7 @@ class LDMRecipe(Recipe):
         """The loss on the validation split, its noise and times the same every time."""
         if self.valid is None or not len(self.valid):
             return {}
-        flows = Flows(self.config, self._contexts(self.valid), self.config.model.spacing)
+        flows = Flows(self.config, self._contexts(self.valid), self.config.model.spacing, self.white)
         device, count = next(weights.parameters()).device, min(len(self.valid), self.config.valid_count)
         losses = []
         for i in range(count):
@@ -164,12 +175,13 @@ class LDMRecipe(Recipe):
         texts = [source.entries[i].texts[0] for i in range(min(len(source), self.config.preview_count))]
         folder.mkdir(parents=True, exist_ok=True)
         clip, tokens = self.clip, self.tokenizer
-        pipe = T2CTPipeline(self._pipeline_config(), self.vae, weights, clip, tokens, f"step {step}")  # type: ignore
-        for i, text in enumerate(texts):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # of a report that is cut: the run has said so
-                volume = pipe(text, generator=i, num_inference_steps=self.config.preview_steps, progress=False)
-            volume.preview(folder / f"volume-{step:08d}-{i}.png")
+        with folded(weights, self.white) as unet:
+            pipe = T2CTPipeline(self._pipeline_config(), self.vae, unet, clip, tokens, f"step {step}")  # type: ignore
+            for i, text in enumerate(texts):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", UserWarning)  # of a report that is cut: the run has said so
+                    volume = pipe(text, generator=i, num_inference_steps=self.config.preview_steps, progress=False)
+                volume.preview(folder / f"volume-{step:08d}-{i}.png")
 
     def _pipeline_config(self) -> Any:
         return replace(self.config.model, scale_factor=self.scale)
@@ -178,7 +190,7 @@ class LDMRecipe(Recipe):
         if self.config.lora:
             folder.mkdir(parents=True, exist_ok=True)
             write_files({folder / "lora.safetensors": lora_state(weights)})
-        with merged(weights) as unet:
+        with merged(weights) as whole, folded(whole, self.white) as unet:
             export_folder(
                 folder, self.config, vae=self.vae, clip=self.clip, unet=unet, tokenizer=self.tokenizer, scale=self.scale
             )

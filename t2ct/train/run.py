@@ -18,20 +18,10 @@ from t2ct.checks import find_device
 from t2ct.files import check_output_folder, write_files
 from t2ct.train import loop
 from t2ct.train.build import build
-from t2ct.train.config import (
-    KINDS,
-    LDMTraining,
-    Training,
-    VAETraining,
-    differences,
-    load_config,
-    read_toml,
-    to_toml,
-    updated,
-)
+from t2ct.train.config import KINDS, LDMTraining, Training, differences, load_config, read_toml, to_toml, updated
 from t2ct.train.memory import Plan, checkpoint_blocks, make_plan
 from t2ct.train.parts.folders import find_folder
-from t2ct.train.presets import before, default_data, preset
+from t2ct.train.presets import FIRST, before, default_data, preset
 from t2ct.train.recipe import by_itself, ranks
 from t2ct.train.show.report import write_report
 
@@ -165,8 +155,7 @@ def _stages(
         if stage != "ldm" and (root / folder / "final" / "config.json").exists():
             continue
         told = replace(told, seed=config.seed, precision=config.precision, skip_bad=config.skip_bad)
-        if folder == "vae" and (root / "vae-slab").is_dir():
-            told = replace(told, start=str(root / "vae-slab"))
+        told = _started(told, folder, root)
         if ranks()[0] == 0 and not quiet:
             print(f"{root}: first its {folder}, {told.steps} steps", flush=True)
         rank, world = ranks()
@@ -181,11 +170,16 @@ def _stages(
         _wait()
 
 
+def _started(config: Training, folder: str, root: Path) -> Training:
+    """The configuration that begins where its first stage in the run, if it has one, ended."""
+    first = root / FIRST.get(folder, "")
+    return replace(config, start=str(first)) if folder in FIRST and first.is_dir() and not config.start else config
+
+
 def _resolved(kind: str, config: Training, root: Path, name: str) -> Training:
     """The configuration with the networks that it stands on."""
-    if isinstance(config, VAETraining):
-        slab = root / "vae-slab"
-        return replace(config, start=str(slab)) if slab.is_dir() and not config.start else config
+    if kind in FIRST:
+        return _started(config, kind, root)
     if not isinstance(config, LDMTraining):
         return config
     paths = {part: getattr(config, part) or config.start or str(root / part) for part in ("vae", "clip")}
