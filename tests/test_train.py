@@ -111,6 +111,42 @@ def test_the_average_is_its_formula_and_copies_buffers():
     assert torch.allclose(average.weights["weight"], (kept + model.weight) / 2)
 
 
+@pytest.mark.parametrize("matrix_rate", (0.0, 0.02))
+def test_optimisers_and_average_on_the_host_make_the_same_numbers(matrix_rate):
+    """And take up a checkpoint where the others left it."""
+
+    def steps(host, count, state=None, weights=None, average_weights=None):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv3d(2, 4, 3), nn.Flatten(), nn.Linear(4, 4), nn.GroupNorm(2, 4))
+        if weights:
+            model.load_state_dict(weights)
+        optimisers, average = Optimisers(model, 1e-2, matrix_rate, 0.1, host), Average(model, 0.9, host)
+        if state:
+            optimisers.restore(state)
+            average.weights = {k: v.clone() for k, v in average_weights.items()}
+            average.updates = 3
+        for number in range(count):
+            optimisers.zero_grad()
+            model(torch.randn(3, 2, 3, 3, 3, generator=torch.Generator().manual_seed(number))).square().sum().backward()
+            optimisers.step(0.5)
+            average.update(model)
+        if host:
+            assert all(p.grad is None for p in model.parameters())
+            shared = {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in optimisers.host.values()}
+            assert not shared
+        return optimisers.state(), {k: v.clone() for k, v in model.state_dict().items()}, average.weights
+
+    def equal(one, other):
+        assert one.keys() == other.keys() and len(one) > 3
+        assert all(torch.equal(v, other[k]) for k, v in one.items())
+
+    there, here = steps(False, 3), steps(True, 3)
+    for one, other in zip(there, here, strict=True):
+        equal(one, other)
+    for one, other in zip(steps(False, 2, *there), steps(True, 2, *here), strict=True):
+        equal(one, other)
+
+
 def test_losses_are_their_formulas():
     text, volume = (nn.functional.normalize(torch.randn(5, 7).double(), dim=1) for _ in range(2))
     logits = 3 * text @ volume.T

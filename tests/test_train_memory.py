@@ -15,7 +15,7 @@ from t2ct.train.config import CLIPTraining, JudgeTraining, LDMTraining, VAETrain
 from t2ct.train.loop import Run
 from t2ct.train.memory import checkpoint_blocks, make_plan, read_size, write_size
 from t2ct.train.memory.count import count_update, pace_of, seconds_of
-from t2ct.train.memory.measure import peak_of, probe_shares
+from t2ct.train.memory.measure import fixed_bytes, peak_of, probe_shares
 from t2ct.train.memory.plan import _measured
 from t2ct.train.memory.recipes import probe_recipe
 from t2ct.train.parts.machine import has_bfloat16
@@ -93,7 +93,7 @@ def test_what_a_gpu_is_asked_by_small_updates_is_a_bound_too(kind):
     config = CONFIGS[kind]
     predict = _measured(kind, config, CPU)
     micro = config.micro or config.batch
-    fixed, peak, seconds = predict(micro, False)
+    fixed, peak, seconds = predict(micro, False, "none")
     real = measured(kind, config, False, micro)
     assert fixed < real <= peak <= 1.2 * real and seconds() > 0
 
@@ -175,6 +175,52 @@ def test_the_memory_that_there_is_decides():
     assert (tight.micro < 2 or tight.checkpoint) and tight.peak <= tight.limit
     with pytest.raises(ValueError, match=r"memory: wanted at least [0-9.]+ MB for this network, got 1MB"):
         make_plan("ldm", replace(config, memory="1MB"), CPU)
+
+
+@pytest.mark.parametrize("ema", (0.9, 0.0))
+def test_a_gpu_leaves_to_the_host_what_it_must(ema, monkeypatch):
+    """The planner's order alone, on sizes that are made up: nothing here runs on a GPU."""
+    left, seen = {"none": 0, "average": 10, "optimiser": 30}, []
+
+    def made_up(kind, config, device):
+        def predict(micro, blocks, offload):
+            seen.append((offload, blocks, micro))
+            fixed = 100 - left[offload]
+            return 1e6 * fixed, 1e6 * (fixed + micro * (5 if blocks else 10)), lambda: 1.0
+
+        return predict
+
+    monkeypatch.setattr("t2ct.train.memory.plan._measured", made_up)
+    gpu, config = torch.device("cuda"), replace(CONFIGS["ldm"], batch=4, micro=2, ema=ema)
+
+    def plan(limit):
+        found = make_plan("ldm", replace(config, memory=f"{limit}MB"), gpu)
+        assert found.peak <= 1e6 * limit
+        assert ("in the host's memory" in found.text()) == (found.offload != "none")
+        return found.offload, found.checkpoint, found.micro
+
+    assert plan(121) == ("none", False, 2)
+    assert plan(111) == ("none", False, 1) and plan(106) == ("none", True, 1)
+    assert plan(101) == (("average", False, 1) if ema else ("optimiser", False, 2))
+    assert plan(81) == ("optimiser", False, 1)
+    assert ("average" in {offload for offload, *_ in seen}) == bool(ema)
+    with pytest.raises(ValueError, match="wanted at least"):
+        plan(70)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_what_is_left_to_the_host_does_not_count(kind):
+    config = replace(CONFIGS[kind], ema=0.9)
+    recipe = probe_recipe(kind, config, torch.device("meta"))
+    whole, average, optimiser = (
+        fixed_bytes(replace(config, offload=where), recipe, 1) for where in ("none", "average", "optimiser")
+    )
+    assert whole == fixed_bytes(config, probe_recipe(kind, config, CPU), 1)
+    first = next(iter(recipe.parts.values()))
+    assert whole - average == sum(v.nbytes for v in first.state_dict().values())
+    matrices = recipe.rates(next(iter(recipe.parts)))[1] > 0
+    trained = sum(p.nbytes for part in recipe.parts.values() for p in part.parameters() if p.requires_grad)
+    assert trained <= average - optimiser <= 2 * trained and (matrices or average - optimiser == 2 * trained)
 
 
 def test_sizes_are_read():

@@ -122,6 +122,7 @@ def test_answers_are_learnt_and_looked_at():
 def moved(recipe, steps):
     """Which of the network's parts a few updates change."""
     before = {k: v.detach().clone() for k, v in recipe.model.named_parameters()}
+    recipe.model.train()
     losses = learned(recipe, "clip", steps=steps)
     assert losses[-1] < losses[0]
     return {k.split(".")[1] for k, v in recipe.model.named_parameters() if not torch.equal(v, before[k])}

@@ -17,6 +17,7 @@ from t2ct.models.judge import JudgeConfig
 
 C = TypeVar("C")
 PRECISIONS = ("auto", "bf16", "fp16", "float32")
+OFFLOADS = ("none", "average", "optimiser")
 SCHEDULES = ("cosine", "polynomial", "constant")
 
 
@@ -32,8 +33,11 @@ class Training:
     steps: int = key(1000, "updates of the weights")
     seed: int = key(0, "the same seed, data and machine give the same weights")
     batch: int = key(8, "samples in an update, over all devices")
-    micro: int = key(0, "samples that a device holds at once; 0: its whole share, or what --memory allows")
+    micro: int = key(0, "samples that a device holds at once; 0: its whole share; --memory may hold fewer")
     memory: str = key("", 'what a device may use, such as "24GB"; empty: no plan is made', free=True)
+    offload: str = key(
+        "none", "what a device leaves to the host's memory: the average, or the optimisers too", choices=OFFLOADS
+    )
     checkpoint_blocks: bool = key(False, "compute the insides of blocks again for the gradient instead of keeping them")
     learning_rate: float = key(1e-4, "of Adam: of every parameter, or, beside Muon, of vectors and embeddings")
     matrix_learning_rate: float = key(0.0, "of Muon, for matrices and convolutions; 0: Adam for all")

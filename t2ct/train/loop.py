@@ -51,11 +51,12 @@ class Run:
         self.precision = find_precision(config.precision, device)
         self.step = self.skipped = self.bad_row = 0
         self.best: dict[str, float] = {}
+        host = config.offload == "optimiser"
         self.optimisers = {
-            name: Optimisers(part, *recipe.rates(name), config.weight_decay) for name, part in recipe.parts.items()
+            n: Optimisers(part, *recipe.rates(n), config.weight_decay, host) for n, part in recipe.parts.items()
         }
         self.first = next(iter(recipe.parts))
-        self.average = Average(recipe.parts[self.first], config.ema)
+        self.average = Average(recipe.parts[self.first], config.ema, config.offload != "none")
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
         # What the scaler divides gradients by the scale of: it wants an optimiser, whichever of them will step.
         self.handles = {n: torch.optim.SGD(o.live.values(), lr=0.0) for n, o in self.optimisers.items()}

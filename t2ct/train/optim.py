@@ -1,4 +1,5 @@
-"""Adam, Muon for matrices, the learning rate's course, and the average of the weights."""
+"""Adam, Muon for matrices, the learning rate's course, and the average of the weights; the last two, where a device
+has no room, in the host's memory: the same numbers, and a copy over the bus every update."""
 
 from __future__ import annotations
 
@@ -26,13 +27,20 @@ class Optimisers:
 
     With one volume a step a gradient is nearly of rank one (brightness, contrast) and Adam swings along it; Muon's
     orthogonalised update learns every direction at once.
+
+    host: the optimisers step on copies in the host's memory, so that a device holds weights and gradients alone.
     """
 
-    def __init__(self, model: nn.Module, rate: float, matrix_rate: float, weight_decay: float):
+    def __init__(
+        self, model: nn.Module, rate: float, matrix_rate: float, weight_decay: float, host: bool = False
+    ):  # fmt: skip
         self.live = {k: p for k, p in model.named_parameters() if p.requires_grad}
+        self.host = {k: nn.Parameter(p.detach().to("cpu", copy=True)) for k, p in self.live.items()} if host else {}
         embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-        by_muon = {k: p for k, p in self.live.items() if matrix_rate and p.ndim > 1 and id(p) not in embeddings}
-        rest = {k: p for k, p in self.live.items() if k not in by_muon}
+        muons = {k for k, p in self.live.items() if matrix_rate and p.ndim > 1 and id(p) not in embeddings}
+        stepped = self.host or self.live
+        by_muon = {k: p for k, p in stepped.items() if k in muons}
+        rest = {k: p for k, p in stepped.items() if k not in muons}
         # Muon takes matrices: a convolution's weight (out, in, 3, 3, 3) is shown to it as (out, in * 27), a view.
         self.matrices = {k: nn.Parameter(p.detach().view(len(p), -1)) for k, p in by_muon.items()}
         self.rates = {"adam": rate, "muon": matrix_rate}
@@ -51,9 +59,13 @@ class Optimisers:
             parameter.grad = None
 
     def step(self, factor: float) -> None:
-        """One update at `factor` times the learning rates."""
-        for key, matrix in self.matrices.items():
+        """One update at `factor` times the learning rates. On the host it takes the gradients along."""
+        for key, copy in self.host.items():
             gradient = self.live[key].grad
+            copy.grad = None if gradient is None else gradient.to("cpu", copy=True)
+            self.live[key].grad = None
+        for key, matrix in self.matrices.items():
+            gradient = (self.host or self.live)[key].grad
             matrix.grad = None if gradient is None else gradient.reshape(matrix.shape)
         for name, optimiser in self.optimisers.items():
             for group in optimiser.param_groups:
@@ -61,6 +73,10 @@ class Optimisers:
             optimiser.step()
         for matrix in self.matrices.values():
             matrix.grad = None  # a copy, where the gradient lay channels-last
+        with torch.no_grad():
+            for key, copy in self.host.items():
+                self.live[key].copy_(copy)
+                copy.grad = None
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor of the optimisers' memory, as "muon.key.momentum_buffer"."""
@@ -72,7 +88,10 @@ class Optimisers:
         }
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state` returned."""
+        """Take over what `state` returned; the network has its weights already."""
+        with torch.no_grad():
+            for key, copy in self.host.items():
+                copy.copy_(self.live[key])
         by_owner: dict[str, dict[str, Tensor]] = {}
         for name, value in state.items():
             owner, _, what = name.rpartition(".")
@@ -87,11 +106,13 @@ class Optimisers:
 
 
 class Average:
-    """A float32 average of a network's parameters; buffers are copied. decay 0: none is kept."""
+    """A float32 average of a network's parameters; buffers are copied. decay 0: none is kept; host: it lies in the
+    host's memory."""
 
-    def __init__(self, model: nn.Module, decay: float):
-        self.decay, self.updates = decay, 0
-        self.weights = {k: v.detach().clone() for k, v in model.state_dict().items()} if decay else {}
+    def __init__(self, model: nn.Module, decay: float, host: bool = False):
+        self.decay, self.updates, self.host = decay, 0, host
+        kept = model.state_dict().items() if decay else ()
+        self.weights = {k: v.detach().to("cpu" if host else v.device, copy=True) for k, v in kept}
         self.parameters = {k for k, _ in model.named_parameters()}
 
     @torch.no_grad()
@@ -103,6 +124,10 @@ class Average:
         share = 1 - min(self.decay, self.updates / (self.updates + 9))
         state = model.state_dict()
         moving = [k for k in state if k in self.parameters and state[k].is_floating_point()]
-        torch._foreach_lerp_([self.weights[k] for k in moving], [state[k] for k in moving], share)
+        if self.host:  # one after another: the host need not hold all of them twice
+            for key in moving:
+                self.weights[key].lerp_(state[key].to("cpu"), share)
+        else:
+            torch._foreach_lerp_([self.weights[k] for k in moving], [state[k] for k in moving], share)
         for key in state.keys() - set(moving):
             self.weights[key].copy_(state[key])

@@ -219,7 +219,7 @@ def _train(
     recipe = build(kind, config, data, root, device, cache, quiet)
     if rank == 0 and not plan:
         found = _plan(kind, config, device, quiet)
-        plan = {"micro": found.micro, "checkpoint_blocks": found.checkpoint}
+        plan = {"micro": found.micro, "checkpoint_blocks": found.checkpoint, "offload": found.offload}
         content = {root / "config.toml": to_toml(config).encode()}
         write_files(content | {root / "run.json": json.dumps({**facts, **plan}, indent=1).encode()})
     if world > 1:  # what the first process decided holds for all
@@ -228,6 +228,7 @@ def _train(
         plan = plans[0]
     if plan["checkpoint_blocks"]:
         checkpoint_blocks(recipe.parts)
+    config = replace(config, offload=plan.get("offload", config.offload))
     loop.run(recipe, config, root, device, plan["micro"], quiet)
     if rank == 0:
         write_report(root)
@@ -240,7 +241,7 @@ def _plan(kind: str, config: Training, device: torch.device, quiet: bool) -> Pla
     if config.batch % world:
         raise ValueError(f"batch: wanted a multiple of the {world} processes, got {config.batch}")
     if not config.memory:
-        return Plan(config.micro or share, share, config.checkpoint_blocks)
+        return Plan(config.micro or share, share, config.checkpoint_blocks, offload=config.offload)
     told = partial(print, flush=True) if not quiet else lambda _: None
     plan = make_plan(kind, config, device, world, told)
     if not quiet:

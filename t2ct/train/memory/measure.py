@@ -26,17 +26,19 @@ CPU_VOXELS = 2**14  # of a probe on a CPU, about
 
 
 def fixed_bytes(config: Training, recipe: Recipe, share: int) -> float:
-    """Weights, gradients, optimiser and average of a recipe, networks that are only used, `share` samples of input."""
+    """Weights, gradients, optimiser and average of a recipe, as far as they are not offloaded; networks that are only
+    used; `share` samples of input."""
     total = float(share * sum(v.nbytes for v in recipe.example(torch.device("cpu"), 1).values()))
     for i, (name, part) in enumerate(recipe.parts.items()):
         state = sum(v.nbytes for v in part.state_dict().values())
-        total += state + (state if i == 0 and config.ema else 0)
+        total += state + (state if i == 0 and config.ema and config.offload == "none" else 0)
         muon = recipe.rates(name)[1] > 0
         embeddings = {id(m.weight) for m in part.modules() if isinstance(m, nn.Embedding)}
         for p in part.parameters():
             if p.requires_grad:
                 by_muon = muon and p.ndim > 1 and id(p) not in embeddings
-                total += p.nbytes + 4 * p.numel() * (1 if by_muon else 2)  # the gradient, and the moments
+                moments = 0 if config.offload == "optimiser" else 4 * p.numel() * (1 if by_muon else 2)
+                total += p.nbytes + moments  # its gradient beside them
     if isinstance(config, LDMTraining):
         with torch.device("meta"):
             for used in (VAE(config.model.vae), CLIP3D(config.model.clip, towers=("text",))):

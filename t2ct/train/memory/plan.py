@@ -1,4 +1,5 @@
-"""The plan: the largest micro-batch that fits, and whether blocks compute their insides again for the gradient."""
+"""The plan: the largest micro-batch that fits, whether blocks compute their insides again for the gradient, and what
+a GPU leaves to the host's memory where nothing else helps."""
 
 from __future__ import annotations
 
@@ -6,15 +7,17 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 
-from t2ct.train.config import CLIPTraining, Training
+from t2ct.train.config import OFFLOADS, CLIPTraining, Training
 from t2ct.train.memory.count import count_update, pace_of, seconds_of
 from t2ct.train.memory.measure import fixed_bytes, measure
 from t2ct.train.memory.recipes import probe_recipe
 from t2ct.train.parts.machine import find_precision
 
+LEFT = {"average": "the average", "optimiser": "average and optimisers"}
 UNITS = {"": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2.0**10, "MIB": 2.0**20, "GIB": 2.0**30}
 
 
@@ -30,13 +33,15 @@ class Plan:
     seconds: float = 0.0
     limit: float = 0.0
     steps: int = 0
+    offload: str = "none"
 
     def text(self) -> str:
         """The plan in a few lines."""
         hours = self.seconds * self.steps / 3600
         cut = f"{self.share} samples an update and device, {self.micro} at once"
         return "\n".join((
-            f"plan: {cut}, blocks {'computed again' if self.checkpoint else 'kept'} for the gradient",
+            f"plan: {cut}, blocks {'computed again' if self.checkpoint else 'kept'} for the gradient"
+            + (f", {LEFT[self.offload]} in the host's memory" if self.offload != "none" else ""),
             f"predicted peak: {write_size(self.peak)}, of them {write_size(self.fixed)} weights, optimiser, average"
             + (f"; limit {write_size(self.limit)}" if self.limit else ""),
             f"predicted speed: {self.seconds:.3g} s an update, {hours:.3g} h for {self.steps} updates",
@@ -60,7 +65,8 @@ def write_size(size: float) -> str:
 def make_plan(
     kind: str, config: Training, device: torch.device, world: int = 1, told: Callable[[str], None] = lambda _: None
 ) -> Plan:  # fmt: skip
-    """The largest micro-batch that fits config.memory, with blocks kept if that fits; without a limit, as configured.
+    """The largest micro-batch that fits config.memory, with blocks kept if that fits, and on a GPU with average and
+    optimisers there if that fits; without a limit, as configured.
 
     told: is handed a line before everything that takes a moment. ValueError names the least memory where nothing fits.
     """
@@ -68,25 +74,41 @@ def make_plan(
     limit = read_size(config.memory) if config.memory else 0.0
     predict = (_measured if device.type == "cuda" else _counted)(kind, replace(config, batch=share, memory=""), device)
     smallest = math.inf
+    tried = _offloads(config, device) if limit else [config.offload]
     with torch.random.fork_rng(devices=[]):
-        for blocks in (True,) if config.checkpoint_blocks else (False, True):
-            for micro in [config.micro] if config.micro else [m for m in range(share, 0, -1) if share % m == 0]:
-                told(f"plan: {micro} at once, blocks {'computed again' if blocks else 'kept'}: what does it take?")
-                fixed, peak, seconds = predict(micro, blocks)
+        for offload, blocks in product(tried, (True,) if config.checkpoint_blocks else (False, True)):
+            for micro in _micros(config, share, bool(limit)):
+                left = f", {LEFT[offload]} in the host's memory" if offload != "none" else ""
+                again = "computed again" if blocks else "kept"
+                told(f"plan: {micro} at once, blocks {again}{left}: what does it take?")
+                fixed, peak, seconds = predict(micro, blocks, offload)
                 smallest = min(smallest, peak)
                 if not limit or peak <= limit:
-                    return Plan(micro, share, blocks, fixed, peak, seconds(), limit, config.steps)
+                    return Plan(micro, share, blocks, fixed, peak, seconds(), limit, config.steps, offload)
     raise ValueError(f"memory: wanted at least {write_size(smallest)} for this network, got {config.memory}")
 
 
-Prediction = Callable[[int, bool], tuple[float, float, Callable[[], float]]]
+def _micros(config: Training, share: int, limited: bool) -> list[int]:
+    """Micro-batches to try, the largest first; without a limit the one that is configured."""
+    most = min(config.micro or share, share)
+    return [m for m in range(most, 0, -1) if share % m == 0] if limited else [config.micro or share]
+
+
+def _offloads(config: Training, device: torch.device) -> list[str]:
+    """What to leave to the host, the least first; a CPU's own memory is the host's, and nothing is won."""
+    if device.type != "cuda":
+        return [config.offload]
+    return [o for o in OFFLOADS[OFFLOADS.index(config.offload) :] if o != "average" or config.ema]
+
+
+Prediction = Callable[[int, bool, str], tuple[float, float, Callable[[], float]]]
 
 
 def _counted(kind: str, config: Training, device: torch.device) -> Prediction:
-    """(micro, blocks) -> bytes that stand still, bytes at most, and how to learn the seconds of an update."""
+    """(micro, blocks, offload) -> bytes that stand still, bytes at most, and how to learn the seconds of an update."""
 
-    def predict(micro: int, blocks: bool) -> tuple[float, float, Callable[[], float]]:
-        cost = count_update(kind, config, micro, blocks, device)
+    def predict(micro: int, blocks: bool, offload: str) -> tuple[float, float, Callable[[], float]]:
+        cost = count_update(kind, replace(config, offload=offload), micro, blocks, device)
         precision = find_precision(config.precision, device)
         return cost.fixed, cost.peak, lambda: seconds_of(cost.work, pace_of(precision))
 
@@ -95,10 +117,11 @@ def _counted(kind: str, config: Training, device: torch.device) -> Prediction:
 
 def _measured(kind: str, config: Training, device: torch.device) -> Prediction:
     """As `_counted`, by running small updates on the device."""
-    fixed = fixed_bytes(config, probe_recipe(kind, config, device), config.batch)
+    recipe = probe_recipe(kind, config, torch.device("meta"))  # for its sizes alone
     known: dict[bool, Callable[[int], tuple[float, float]]] = {}
 
-    def predict(micro: int, blocks: bool) -> tuple[float, float, Callable[[], float]]:
+    def predict(micro: int, blocks: bool, offload: str) -> tuple[float, float, Callable[[], float]]:
+        fixed = fixed_bytes(replace(config, offload=offload), recipe, config.batch)
         if blocks not in known:
             known[blocks] = measure(kind, config, device, blocks)
         activations, seconds = known[blocks](micro)
