@@ -72,7 +72,11 @@ def test_the_command(judge, tmp_path, capsys):
     assert len(told) == 18 and told[0]["size"] == "large"
     assert main(["judge", str(ct), str(bad), "--judge", str(file)]) == 2
     printed = capsys.readouterr()
-    assert "bad.nii.gz: volume: wanted HU" in printed.err and not printed.out
+    assert "bad.nii.gz: volume: wanted HU" in printed.err
+    assert printed.out.splitlines() == out  # what was judged before it stays said
+    assert main(["judge", str(ct), str(tmp_path / "no.nii"), "nor.nii", "--judge", str(file)]) == 2
+    printed = capsys.readouterr()
+    assert "no.nii: wanted a NIfTI file, got no such file, nor of 1 more" in printed.err and not printed.out
     assert main(["judge", str(ct), "--judge", str(tmp_path / "none")]) == 2
     with torch.no_grad():
         judge.head.bias.fill_(-9)
@@ -106,6 +110,7 @@ def test_how_good_a_judge_is(judge, tmp_path, capsys):
     assert set(json.loads(capsys.readouterr().out)["auc_macro"]) == {"value", "low", "high", "n"}
     for wrong, message in (
         ([], "wanted either VOLUME or --data, got neither"), (["a.nii.gz", "--data", "phantoms:4"], "got both"),
+        (["--data", "phantoms:4", "--count", "0"], "count: wanted an integer of at least 1, got 0"),
         (["--data", "phantoms:1"], "data: wanted at least 2 volumes, got 1"), (["--data", "nowhere"], "nowhere"),
     ):  # fmt: skip
         assert main(["judge", "--judge", str(file), *wrong]) == 2 and message in capsys.readouterr().err

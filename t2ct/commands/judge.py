@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import warnings
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from t2ct.eval.judging.verdict import Verdict
 
 LEAST = 0.5  # probability of what is listed
 
@@ -45,27 +51,40 @@ def run(args: argparse.Namespace) -> None:
     from t2ct.checks import find_device
     from t2ct.data.io import load_volume
     from t2ct.eval.judging.verdict import verdicts
-    from t2ct.eval.look import open_judge
+    from t2ct.eval.look import SCANS, open_judge
 
-    volumes = {path: load_volume(path) for path in args.volumes}
-    judge, _ = open_judge(args.judge, None, find_device(args.device), all(v.synthetic for v in volumes.values()))
-    found = {}
-    for path, volume in volumes.items():
+    absent = [path for path in args.volumes if not Path(path).exists()]
+    if absent:
+        others = f", nor of {len(absent) - 1} more" if len(absent) > 1 else ""
+        raise FileNotFoundError(f"{absent[0]}: wanted a NIfTI file, got no such file{others}")
+    judge, _ = open_judge(args.judge, None, find_device(args.device), phantoms=True)
+    found: dict[str, list[dict[str, Any]]] = {}
+    warned = args.judge is not None
+    for path in dict.fromkeys(args.volumes):  # one after another: there may be thousands
+        volume = load_volume(path)
+        if not volume.synthetic and not warned:
+            warnings.warn(f"judge: {SCANS}", stacklevel=2)
+            warned = True
         try:
             said = verdicts(volume, judge)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        found[path] = [v for v in said if args.all or v.probability >= LEAST]
+        said = [v for v in said if args.all or v.probability >= LEAST]
+        if args.json:
+            found[path] = [asdict(v) for v in said]
+        else:
+            print(as_text(path, said), flush=True)
     if args.json:
-        print(json.dumps({path: [asdict(v) for v in said] for path, said in found.items()}, indent=2))
-        return
-    for path, said in found.items():
-        print(path)
-        for v in said:
-            details = ", ".join(word for word in (v.side, v.lobe and f"{v.lobe} lobe", v.size) if word)
-            print(f"  {v.probability:.2f}  {v.finding:<34}  {details}".rstrip())
-        if not said:
-            print("  nothing")
+        print(json.dumps(found, indent=2))
+
+
+def as_text(path: str, said: Sequence[Verdict]) -> str:
+    """The verdicts on a volume, a line each."""
+    lines = [path]
+    for v in said:
+        details = ", ".join(word for word in (v.side, v.lobe and f"{v.lobe} lobe", v.size) if word)
+        lines.append(f"  {v.probability:.2f}  {v.finding:<34}  {details}".rstrip())
+    return "\n".join(lines if said else [*lines, "  nothing"])
 
 
 def _measure(args: argparse.Namespace) -> None:

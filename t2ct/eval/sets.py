@@ -51,6 +51,8 @@ def open_sets(spec: str | Path, size: Size, count: int | None = None, train_coun
     Headers of all volumes and the voxels of a few are read here. Raises FileNotFoundError or ValueError: no such
     folder, an empty one, no volume that has a report, columns of labels that are missing, volumes that are not in HU.
     """
+    if count is not None and count < 1:
+        raise ValueError(f"count: wanted an integer of at least 1, got {count}")
     if str(spec).startswith("phantoms:"):
         word = str(spec).partition(":")[2]
         if not word.isdigit() or int(word) < 1:
