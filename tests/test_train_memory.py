@@ -223,6 +223,17 @@ def test_what_is_left_to_the_host_does_not_count(kind):
     assert trained <= average - optimiser <= 2 * trained and (matrices or average - optimiser == 2 * trained)
 
 
+def test_moments_of_eight_bits_count_less():
+    config = replace(CONFIGS["ldm"], matrix_learning_rate=0.0)
+    whole, few = (count_update("ldm", replace(config, optimiser_bits=b), 4, False, CPU) for b in (32, 8))
+    sizes = [p.numel() for p in probe_recipe("ldm", config, CPU).model.parameters() if p.requires_grad]
+    saved = sum(6 * n - n / 32 for n in sizes if n >= 4096 and n % 256 == 0)
+    assert whole.fixed - few.fixed == pytest.approx(saved) and whole.peak - few.peak == pytest.approx(saved)
+    recipe = probe_recipe("ldm", config, torch.device("meta"))
+    analytic = [fixed_bytes(replace(config, optimiser_bits=b), recipe, 1) for b in (32, 8)]
+    assert analytic[0] - analytic[1] == pytest.approx(saved)
+
+
 def test_sizes_are_read():
     assert write_size(1.234e9) == "1.3 GB" and write_size(5e6) == "5 MB"
     assert read_size("24GB") == 24e9 and read_size("1.5 GiB") == 1.5 * 2**30 and read_size("800mb") == 8e8

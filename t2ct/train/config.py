@@ -35,6 +35,7 @@ class Training:
     batch: int = key(8, "samples in an update, over all devices")
     micro: int = key(0, "samples that a device holds at once; 0: its whole share; --memory may hold fewer")
     memory: str = key("", 'what a device may use, such as "24GB"; empty: no plan is made', free=True)
+    optimiser_bits: int = key(32, "of each of Adam's moments; 8: blocks of 256 with a scale (torchao)", choices=(32, 8))
     offload: str = key(
         "none", "what a device leaves to the host's memory: the average, or the optimisers too", choices=OFFLOADS
     )
@@ -69,7 +70,8 @@ class Training:
         for f in fields(self):
             choices = f.metadata.get("choices", ())
             if choices and getattr(self, f.name) not in choices:
-                raise ValueError(f"{f.name}: wanted one of {', '.join(choices)}, got {getattr(self, f.name)!r}")
+                wanted = ", ".join(map(str, choices))
+                raise ValueError(f"{f.name}: wanted one of {wanted}, got {getattr(self, f.name)!r}")
         for name in ("steps", "batch", "max_bad_steps", "log_every", "keep", "valid_count"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: wanted an integer of at least 1, got {getattr(self, name)}")

@@ -144,7 +144,10 @@ class LDMRecipe(Recipe):
     def _contexts(self, source: LatentSource) -> list[Tensor]:
         """The context of every report of every entry, (W, D) each."""
         texts = [text for entry in source.entries for text in entry.texts]
-        made = torch.cat([self._embed(texts[i : i + 64]) for i in range(0, len(texts), 64)]).cpu()
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # a batch is as long as its longest
+        batches = [order[i : i + 64] for i in range(0, len(order), 64)]
+        made = torch.cat([self._embed([texts[i] for i in batch]) for batch in batches]).cpu()
+        made = made[torch.tensor(order).argsort()]
         return list(made.split([len(entry.texts) for entry in source.entries]))
 
     def _embed(self, texts: Sequence[str]) -> Tensor:

@@ -53,7 +53,8 @@ class Run:
         self.best: dict[str, float] = {}
         host = config.offload == "optimiser"
         self.optimisers = {
-            n: Optimisers(part, *recipe.rates(n), config.weight_decay, host) for n, part in recipe.parts.items()
+            n: Optimisers(part, *recipe.rates(n), config.weight_decay, host, config.optimiser_bits)
+            for n, part in recipe.parts.items()
         }
         self.first = next(iter(recipe.parts))
         self.average = Average(recipe.parts[self.first], config.ema, config.offload != "none")

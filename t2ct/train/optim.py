@@ -4,6 +4,7 @@ has no room, in the host's memory: the same numbers, and a copy over the bus eve
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +30,11 @@ class Optimisers:
     orthogonalised update learns every direction at once.
 
     host: the optimisers step on copies in the host's memory, so that a device holds weights and gradients alone.
+    bits: of Adam's moments; 8 needs torchao.
     """
 
     def __init__(
-        self, model: nn.Module, rate: float, matrix_rate: float, weight_decay: float, host: bool = False
+        self, model: nn.Module, rate: float, matrix_rate: float, weight_decay: float, host: bool = False, bits: int = 32
     ):  # fmt: skip
         self.live = {k: p for k, p in model.named_parameters() if p.requires_grad}
         self.host = {k: nn.Parameter(p.detach().to("cpu", copy=True)) for k, p in self.live.items()} if host else {}
@@ -46,8 +48,7 @@ class Optimisers:
         self.rates = {"adam": rate, "muon": matrix_rate}
         self.optimisers: dict[str, torch.optim.Optimizer] = {}
         if rest:
-            adam = torch.optim.AdamW(rest.values(), lr=rate, weight_decay=weight_decay, fused=True)
-            self.optimisers["adam"] = adam
+            self.optimisers["adam"] = _adam(list(rest.values()), rate, weight_decay, bits)
         if self.matrices:
             muon = torch.optim.Muon(self.matrices.values(), lr=matrix_rate, weight_decay=weight_decay)
             self.optimisers["muon"] = muon
@@ -69,7 +70,10 @@ class Optimisers:
             matrix.grad = None if gradient is None else gradient.reshape(matrix.shape)
         for name, optimiser in self.optimisers.items():
             for group in optimiser.param_groups:
-                group["lr"] = factor * self.rates[name]
+                if isinstance(group["lr"], Tensor):  # torchao's, which compiles it in
+                    group["lr"].fill_(factor * self.rates[name])
+                else:
+                    group["lr"] = factor * self.rates[name]
             optimiser.step()
         for matrix in self.matrices.values():
             matrix.grad = None  # a copy, where the gradient lay channels-last
@@ -79,13 +83,17 @@ class Optimisers:
                 copy.grad = None
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor of the optimisers' memory, as "muon.key.momentum_buffer"."""
-        return {
-            f"{name}.{key}.{what}": value
-            for key, (name, parameter) in self.owners.items()
-            for what, value in self.optimisers[name].state.get(parameter, {}).items()
-            if isinstance(value, Tensor)
-        }
+        """Every tensor of the optimisers' memory, as "muon.key.momentum_buffer"; one of 8 bits as its parts,
+        "adam.key.exp_avg:codes"."""
+        kept: dict[str, Tensor] = {}
+        for key, (name, parameter) in self.owners.items():
+            for what, value in self.optimisers[name].state.get(parameter, {}).items():
+                if hasattr(value, "__tensor_flatten__"):
+                    parts = value.__tensor_flatten__()[0]
+                    kept |= {f"{name}.{key}.{what}:{part}": getattr(value, part) for part in parts}
+                elif isinstance(value, Tensor):
+                    kept[f"{name}.{key}.{what}"] = value
+        return kept
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Take over what `state` returned; the network has its weights already."""
@@ -100,9 +108,43 @@ class Optimisers:
             kept = by_owner.get(f"{name}.{key}")
             if kept:
                 moments = {k: v.clone().to("cpu" if k == "step" else parameter.device) for k, v in kept.items()}
-                if parameter.is_cuda and "step" in moments:  # fused Adam counts on its device
+                moments = _joined(moments, parameter.dtype)
+                fused = isinstance(self.optimisers[name], torch.optim.AdamW)
+                if fused and parameter.is_cuda and "step" in moments:  # it counts on its device
                     moments["step"] = moments["step"].to(parameter.device)
                 self.optimisers[name].state[parameter] = moments
+
+
+def check_optimiser(config: Training) -> None:
+    """ImportError where the configuration wants a package that is not there."""
+    if config.optimiser_bits == 8 and find_spec("torchao") is None:
+        raise ImportError("optimiser_bits: 8 wants the package torchao: pip install 't2ct[train]'")
+
+
+def moment_bytes(numel: int, muon: bool, bits: int) -> float:
+    """What an optimiser keeps of a parameter: Muon a momentum, Adam two moments, of 8 bits where blocks of 256 fit."""
+    if muon:
+        return 4.0 * numel
+    return 2 * numel * (1 + 4 / 256) if bits == 8 and numel >= 4096 and numel % 256 == 0 else 8.0 * numel
+
+
+def _adam(parameters: list[nn.Parameter], rate: float, decay: float, bits: int) -> torch.optim.Optimizer:
+    if bits == 32:
+        return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, fused=True)
+    from torchao.optim import AdamW8bit
+
+    return AdamW8bit(parameters, lr=rate, weight_decay=decay)
+
+
+def _joined(moments: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Moments of 8 bits from their parts; others as they are."""
+    whole = {name: value for name, value in moments.items() if ":" not in name}
+    for what in {name.partition(":")[0] for name in moments.keys() - whole.keys()}:
+        from torchao.optim.subclass_8bit import OptimState8bit
+
+        parts = [moments[f"{what}:{part}"] for part in OptimState8bit.tensor_attrs]
+        whole[what] = OptimState8bit(*parts, signed=what == "exp_avg", dtype=dtype)
+    return whole
 
 
 class Average:

@@ -20,6 +20,7 @@ from t2ct.train import loop
 from t2ct.train.build import build
 from t2ct.train.config import KINDS, LDMTraining, Training, differences, load_config, read_toml, to_toml, updated
 from t2ct.train.memory import Plan, checkpoint_blocks, make_plan
+from t2ct.train.optim import check_optimiser
 from t2ct.train.parts.folders import find_folder
 from t2ct.train.presets import FIRST, before, default_data, preset
 from t2ct.train.recipe import by_itself, ranks
@@ -68,6 +69,7 @@ def train(
     disk, RuntimeError for gradients that are not finite; `t2ct.train.loop.Preempted` after SIGTERM or SIGUSR1.
     """
     made = configure(kind, preset, config, **values)
+    check_optimiser(made)
     spec = data or default_data(kind, preset)
     if spec is None:
         raise ValueError(f"data: wanted a folder or phantoms:N for the preset {preset}, got nothing")

@@ -31,6 +31,7 @@ from t2ct.ops.dispatch import shapes_alone
 from t2ct.train.config import CLIPTraining, LDMTraining, Training
 from t2ct.train.loop import Run
 from t2ct.train.memory.recipes import checkpoint_blocks, probe_recipe
+from t2ct.train.optim import moment_bytes
 from t2ct.train.recipe import by_itself
 
 MARGIN = 1.08  # what kernels take inside themselves besides: reordered weights, copies that no operator shows
@@ -66,7 +67,7 @@ def count_update(kind: str, config: Training, micro: int, blocks: bool, device: 
         for part in recipe.parts.values():
             part.train()
         used = [network.state_dict() for network in _used(config)]
-        run = Run(recipe, replace(config, batch=micro * gone), device)
+        run = Run(recipe, replace(config, batch=micro * gone, optimiser_bits=32), device)  # torchao's compiles itself
         before = count.now
         micros = [recipe.example(device, micro) for _ in range(gone)]
         further = (parts - gone) * (count.now - before) / gone
@@ -75,9 +76,17 @@ def count_update(kind: str, config: Training, micro: int, blocks: bool, device: 
         count.restart()
         run.update(micros)
         del used
-        fixed, work = count.now + further, count.work
+        fixed, work = count.now + further - _saved(run, config.optimiser_bits), count.work
+        peak = count.peak - _saved(run, config.optimiser_bits)
     work = {name: amount * parts / gone for name, amount in work.items()}  # the optimiser's is little beside
-    return Cost(MARGIN * (count.peak + further - fixed) + fixed, fixed, work)
+    return Cost(MARGIN * (peak + further - fixed) + fixed, fixed, work)
+
+
+def _saved(run: Run, bits: int) -> float:
+    """Bytes of moments that a run with `bits` has less than this one with 32."""
+    owners = (owner for optimisers in run.optimisers.values() for owner in optimisers.owners.values())
+    sizes = [(p.numel(), name == "muon") for name, p in owners]
+    return sum(moment_bytes(n, muon, 32) - moment_bytes(n, muon, bits) for n, muon in sizes)
 
 
 def _used(config: Training) -> list[torch.nn.Module]:

@@ -17,6 +17,7 @@ from torch import nn
 from t2ct.models import CLIP3D, VAE
 from t2ct.train.config import LDMTraining, Training
 from t2ct.train.memory.recipes import checkpoint_blocks, probe_recipe
+from t2ct.train.optim import moment_bytes
 from t2ct.train.parts.machine import find_precision
 from t2ct.train.recipe import Recipe
 
@@ -37,8 +38,9 @@ def fixed_bytes(config: Training, recipe: Recipe, share: int) -> float:
         for p in part.parameters():
             if p.requires_grad:
                 by_muon = muon and p.ndim > 1 and id(p) not in embeddings
-                moments = 0 if config.offload == "optimiser" else 4 * p.numel() * (1 if by_muon else 2)
-                total += p.nbytes + moments  # its gradient beside them
+                total += p.nbytes  # the gradient
+                if config.offload != "optimiser":
+                    total += moment_bytes(p.numel(), by_muon, config.optimiser_bits)
     if isinstance(config, LDMTraining):
         with torch.device("meta"):
             for used in (VAE(config.model.vae), CLIP3D(config.model.clip, towers=("text",))):
