@@ -25,7 +25,7 @@ from t2ct.train.config import (
 from t2ct.train.data.augment import augment, cut
 from t2ct.train.data.order import Micros, Order, collate, generator
 from t2ct.train.data.source import Item
-from t2ct.train.optim import Average, Optimisers, moment_bytes, rate_factor
+from t2ct.train.optim import Average, Optimisers, moment_bytes, rate_factor, shared_out
 from t2ct.train.parts.critic import Critic, RandomFeatures
 from t2ct.train.presets import before, preset
 from t2ct.train.show.figures import recall, reconstruction, ssim
@@ -183,10 +183,20 @@ def test_moments_of_eight_bits(monkeypatch):
 
 def test_what_is_not_installed_is_told_first(monkeypatch):
     monkeypatch.setattr("t2ct.train.optim.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="optimiser_bits: 8 wants the package torchao: pip install"):
+    with pytest.raises(ValueError, match="optimiser_bits: wanted torchao for 8 .pip install 't2ct.train.'., got none"):
         train("ldm", out="nowhere", preset="tiny", optimiser_bits=8)
     with pytest.raises(ValueError, match="optimiser_bits: wanted one of 32, 8, got 4"):
         Training(optimiser_bits=4)
+
+
+def test_shares_of_ranks_are_whole_and_alike():
+    sizes = {f"p{n}": n * n for n in range(1, 30)}
+    for ranks in (1, 2, 5):
+        shares = shared_out(sizes, ranks)
+        assert sorted(name for share in shares for name in share) == sorted(sizes)
+        loads = [sum(sizes[name] for name in share) for share in shares]
+        assert max(loads) - min(loads) <= 30
+    assert shared_out({"a": 1, "b": 5, "c": 5}, 2) == [["b", "a"], ["c"]] and shared_out({"a": 1}, 3)[1:] == [[], []]
 
 
 def test_losses_are_their_formulas():

@@ -182,7 +182,7 @@ def test_a_gpu_leaves_to_the_host_what_it_must(ema, monkeypatch):
     """The planner's order alone, on sizes that are made up: nothing here runs on a GPU."""
     left, seen = {"none": 0, "average": 10, "optimiser": 30}, []
 
-    def made_up(kind, config, device):
+    def made_up(kind, config, device, world):
         def predict(micro, blocks, offload):
             seen.append((offload, blocks, micro))
             fixed = 100 - left[offload]
@@ -232,6 +232,10 @@ def test_moments_of_eight_bits_count_less():
     recipe = probe_recipe("ldm", config, torch.device("meta"))
     analytic = [fixed_bytes(replace(config, optimiser_bits=b), recipe, 1) for b in (32, 8)]
     assert analytic[0] - analytic[1] == pytest.approx(saved)
+    shared = fixed_bytes(replace(config, shard_optimiser=True), recipe, 1, world=4)
+    assert analytic[0] - shared == pytest.approx(0.75 * 8 * sum(sizes))
+    plans = [make_plan("ldm", replace(config, shard_optimiser=s), CPU, world=4) for s in (False, True)]
+    assert plans[0].fixed - plans[1].fixed == pytest.approx(0.75 * 8 * sum(sizes))
 
 
 def test_sizes_are_read():

@@ -1,6 +1,7 @@
 """Two processes compute what one computes: gradients within 1e-5, for every recipe. Run by torchrun, over gloo."""
 
 import faulthandler
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,14 +26,18 @@ COMMON = {"steps": 2, "batch": 4, "micro": 1, "precision": "float32", "ema": 0.5
 
 def train_all(root: Path) -> None:
     for kind, values in KINDS.items():
-        values = dict(values)
-        if kind == "clip":
-            values["tokenizer"] = str(root.parent / "tokenizer.json")
-        if kind == "ldm":  # the same VAE and text tower for both
-            values |= {"vae": str(root.parent / "model"), "clip": str(root.parent / "model")}
-        made = root.parent / f"{kind}.toml"
-        train(kind, "phantoms:8", root / kind, preset="published", config=made, quiet=True, device="cpu", resume=True,
-              **COMMON, **values)  # fmt: skip
+        train_one(root, kind, values)
+    train_one(root, "ldm-shared", KINDS["ldm"] | {"shard_optimiser": True, "matrix_learning_rate": 1e-3})
+
+
+def train_one(root: Path, name: str, values: dict) -> None:
+    values, kind = dict(values), name.partition("-")[0]
+    if kind == "clip":
+        values["tokenizer"] = str(root.parent / "tokenizer.json")
+    if kind == "ldm":  # the same VAE and text tower for both
+        values |= {"vae": str(root.parent / "model"), "clip": str(root.parent / "model")}
+    train(kind, "phantoms:8", root / name, preset="published", config=root.parent / f"{kind}.toml", quiet=True,
+          device="cpu", resume=True, **(COMMON | values))  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +82,28 @@ def test_two_processes_are_one(runs, kind):
         for name in ("embed", "cluster_size"):
             key = f"part.clip.model.vision_model.vq._codebook.{name}"
             assert torch.allclose(one[key], two[key], atol=1e-4), name
+
+
+def test_a_shared_optimiser_makes_the_same_steps(runs):
+    """Of two ranks each steps its share; the checkpoint holds all of it, and one process takes it up."""
+    one, two = (load_file(runs / n / "ldm-shared/checkpoints/step-00000002.safetensors") for n in ("one", "two"))
+    assert one.keys() == two.keys()
+    kinds = {k.rpartition(".")[2] for k in two if k.startswith("optim.")}
+    assert kinds == {"exp_avg", "exp_avg_sq", "step", "momentum_buffer"}
+    for key in one:
+        if key.endswith((".exp_avg", ".momentum_buffer")):
+            assert torch.allclose(one[key], two[key], atol=1e-5 * max(1e-3, one[key].abs().max())), key
+        elif key.startswith(("part.", "ema.")):
+            assert torch.allclose(one[key].float(), two[key].float(), atol=2e-3), key
+    values = KINDS["ldm"] | {"shard_optimiser": True, "matrix_learning_rate": 1e-3}
+    step = runs / "two/ldm-shared/checkpoints/step-00000002.safetensors"
+    before = step.read_bytes()
+    shutil.copytree(runs / "two/ldm-shared", runs / "two/ldm-more")
+    for name in ("run.json", "config.toml"):
+        file = runs / "two/ldm-more" / name
+        file.write_text(file.read_text().replace('"steps": 2', '"steps": 3').replace("steps = 2\n", "steps = 3\n"))
+    train_one(runs / "two", "ldm-more", values | {"steps": 3})
+    assert (runs / "two/ldm-more/checkpoints/step-00000003.safetensors").is_file() and step.read_bytes() == before
 
 
 def test_latents_are_shared_out_and_the_same(runs):

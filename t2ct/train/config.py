@@ -39,6 +39,7 @@ class Training:
     offload: str = key(
         "none", "what a device leaves to the host's memory: the average, or the optimisers too", choices=OFFLOADS
     )
+    shard_optimiser: bool = key(False, "each of several devices keeps and steps its share of the optimisers (ZeRO-1)")
     checkpoint_blocks: bool = key(False, "compute the insides of blocks again for the gradient instead of keeping them")
     learning_rate: float = key(1e-4, "of Adam: of every parameter, or, beside Muon, of vectors and embeddings")
     matrix_learning_rate: float = key(0.0, "of Muon, for matrices and convolutions; 0: Adam for all")
@@ -247,7 +248,7 @@ def to_toml(config: Any, table: str = "", comments: bool = False) -> str:
             continue
         note = f.metadata.get("help", "")
         if f.metadata.get("choices"):
-            note += f" ({' | '.join(f.metadata['choices'])})"
+            note += f" ({' | '.join(map(str, f.metadata['choices']))})"
         lines.append(f"{f.name} = {_toml(value)}" + (f"  # {note}" if comments and note else ""))
     return "\n".join(lines) + "\n" + "".join(tables)
 

@@ -51,9 +51,12 @@ class Run:
         self.precision = find_precision(config.precision, device)
         self.step = self.skipped = self.bad_row = 0
         self.best: dict[str, float] = {}
-        host = config.offload == "optimiser"
+        kept = {
+            "host": config.offload == "optimiser", "bits": config.optimiser_bits,
+            "shard": ranks() if config.shard_optimiser else (0, 1),
+        }  # fmt: skip
         self.optimisers = {
-            n: Optimisers(part, *recipe.rates(n), config.weight_decay, host, config.optimiser_bits)
+            n: Optimisers(part, *recipe.rates(n), config.weight_decay, **kept)  # type: ignore[arg-type]
             for n, part in recipe.parts.items()
         }
         self.first = next(iter(recipe.parts))
@@ -67,7 +70,7 @@ class Run:
             self.calls[name] = DistributedDataParallel(call, broadcast_buffers=False) if ranks()[1] > 1 else call
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that a checkpoint holds."""
+        """Everything that a checkpoint holds; of several ranks all must call, the first has it."""
         kept = {f"part.{n}.{k}": v for n, part in self.recipe.parts.items() for k, v in part.state_dict().items()}
         kept |= {f"optim.{n}.{k}": v for n, o in self.optimisers.items() for k, v in o.state().items()}
         return kept | {f"ema.{k}": v for k, v in self.average.weights.items()}
@@ -209,12 +212,15 @@ def run(
             if rank == 0 and hasattr(config, "preview_every") and (last or (every and state.step % every == 0)):
                 with state.averaged() as weights:
                     recipe.preview(weights, folder / "previews", state.step)
-            stop = _agree(asked)
-            due = config.save_every and state.step % config.save_every == 0
-            due = due or time.monotonic() - saved > 60 * config.save_minutes
-            if rank == 0 and (due or last or seen or stop):
-                best = int(state.best["step"]) if state.best else None
-                checkpoints.save(state.step, state.tensors(), state.facts(), best)
+            late = rank == 0 and time.monotonic() - saved > 60 * config.save_minutes
+            stop, late = _agree(bool(asked), late)
+            due = late or (config.save_every and state.step % config.save_every == 0)
+            if due or last or seen or stop:
+                tensors = state.tensors()
+                if rank == 0:
+                    best = int(state.best["step"]) if state.best else None
+                    checkpoints.save(state.step, tensors, state.facts(), best)
+                del tensors
                 saved = time.monotonic()
             if stop and not last:
                 raise Preempted(state.step)
@@ -308,8 +314,8 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _agree(asked: list[int]) -> bool:
-    """Has a signal come to any rank? All of them stop at the same step."""
-    flag = torch.tensor(float(bool(asked)))
-    sum_ranks([flag])
-    return bool(flag)
+def _agree(*asked: bool) -> list[bool]:
+    """Does any rank want it? All of them stop, and save, at the same step."""
+    flags = torch.tensor(asked, dtype=torch.float32)
+    sum_ranks([flags])
+    return [bool(flag) for flag in flags]

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import math
 from importlib.util import find_spec
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from t2ct.train.config import Training
@@ -31,16 +33,21 @@ class Optimisers:
 
     host: the optimisers step on copies in the host's memory, so that a device holds weights and gradients alone.
     bits: of Adam's moments; 8 needs torchao.
+    shard: (rank, world): steps this rank's share of the parameters, and hands them round (Rajbhandari et al. 2020,
+    ZeRO stage 1).
     """
 
     def __init__(
-        self, model: nn.Module, rate: float, matrix_rate: float, weight_decay: float, host: bool = False, bits: int = 32
+        self, model: nn.Module, rate: float, matrix_rate: float, weight_decay: float, host: bool = False,
+        bits: int = 32, shard: tuple[int, int] = (0, 1),
     ):  # fmt: skip
         self.live = {k: p for k, p in model.named_parameters() if p.requires_grad}
-        self.host = {k: nn.Parameter(p.detach().to("cpu", copy=True)) for k, p in self.live.items()} if host else {}
+        self.shares = shared_out({k: p.numel() for k, p in self.live.items()}, shard[1])
+        own = {k: self.live[k] for k in self.shares[shard[0]]}
+        self.host = {k: nn.Parameter(p.detach().to("cpu", copy=True)) for k, p in own.items()} if host else {}
         embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         muons = {k for k, p in self.live.items() if matrix_rate and p.ndim > 1 and id(p) not in embeddings}
-        stepped = self.host or self.live
+        stepped = self.host or own
         by_muon = {k: p for k, p in stepped.items() if k in muons}
         rest = {k: p for k, p in stepped.items() if k not in muons}
         # Muon takes matrices: a convolution's weight (out, in, 3, 3, 3) is shown to it as (out, in * 27), a view.
@@ -81,10 +88,22 @@ class Optimisers:
             for key, copy in self.host.items():
                 self.live[key].copy_(copy)
                 copy.grad = None
+            if len(self.shares) > 1:
+                self._hand_round()
+
+    def _hand_round(self) -> None:
+        """Every rank's parameters to all others, a message each."""
+        for rank, keys in enumerate(self.shares):
+            if not keys:
+                continue
+            message = torch.cat([self.live[k].reshape(-1) for k in keys])
+            dist.broadcast(message, rank)
+            for key, values in zip(keys, message.split([self.live[k].numel() for k in keys]), strict=True):
+                self.live[key].copy_(values.view(self.live[key].shape))
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor of the optimisers' memory, as "muon.key.momentum_buffer"; one of 8 bits as its parts,
-        "adam.key.exp_avg:codes"."""
+        "adam.key.exp_avg:codes". Of several ranks all must call; the first gets the shares of all."""
         kept: dict[str, Tensor] = {}
         for key, (name, parameter) in self.owners.items():
             for what, value in self.optimisers[name].state.get(parameter, {}).items():
@@ -93,7 +112,11 @@ class Optimisers:
                     kept |= {f"{name}.{key}.{what}:{part}": getattr(value, part) for part in parts}
                 elif isinstance(value, Tensor):
                     kept[f"{name}.{key}.{what}"] = value
-        return kept
+        if len(self.shares) == 1:
+            return kept
+        every: list[Any] | None = [None] * len(self.shares) if dist.get_rank() == 0 else None
+        dist.gather_object({k: v.cpu() for k, v in kept.items()}, every)
+        return {k: v for part in every or [kept] for k, v in part.items()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Take over what `state` returned; the network has its weights already."""
@@ -115,10 +138,21 @@ class Optimisers:
                 self.optimisers[name].state[parameter] = moments
 
 
+def shared_out(sizes: dict[str, int], ranks: int) -> list[list[str]]:
+    """The names that each of so many ranks gets: the largest first, to who has least; as all ranks work it out."""
+    shares: list[list[str]] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    for name in sorted(sizes, key=lambda k: (-sizes[k], k)) if ranks > 1 else sizes:
+        least = loads.index(min(loads))
+        shares[least].append(name)
+        loads[least] += sizes[name]
+    return shares
+
+
 def check_optimiser(config: Training) -> None:
-    """ImportError where the configuration wants a package that is not there."""
+    """ValueError where the configuration wants a package that is not there."""
     if config.optimiser_bits == 8 and find_spec("torchao") is None:
-        raise ImportError("optimiser_bits: 8 wants the package torchao: pip install 't2ct[train]'")
+        raise ValueError("optimiser_bits: wanted torchao for 8 (pip install 't2ct[train]'), got none")
 
 
 def moment_bytes(numel: int, muon: bool, bits: int) -> float:

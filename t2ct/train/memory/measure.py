@@ -26,21 +26,30 @@ PROBE = 1 / 8  # of a volume's depth, at least
 CPU_VOXELS = 2**14  # of a probe on a CPU, about
 
 
-def fixed_bytes(config: Training, recipe: Recipe, share: int) -> float:
-    """Weights, gradients, optimiser and average of a recipe, as far as they are not offloaded; networks that are only
-    used; `share` samples of input."""
-    total = float(share * sum(v.nbytes for v in recipe.example(torch.device("cpu"), 1).values()))
-    for i, (name, part) in enumerate(recipe.parts.items()):
-        state = sum(v.nbytes for v in part.state_dict().values())
-        total += state + (state if i == 0 and config.ema and config.offload == "none" else 0)
+def moments_of(config: Training, recipe: Recipe, world: int = 1) -> float:
+    """Bytes that the optimisers keep on a device, one of `world`."""
+    if config.offload == "optimiser":
+        return 0.0
+    total = 0.0
+    for name, part in recipe.parts.items():
         muon = recipe.rates(name)[1] > 0
         embeddings = {id(m.weight) for m in part.modules() if isinstance(m, nn.Embedding)}
         for p in part.parameters():
             if p.requires_grad:
                 by_muon = muon and p.ndim > 1 and id(p) not in embeddings
-                total += p.nbytes  # the gradient
-                if config.offload != "optimiser":
-                    total += moment_bytes(p.numel(), by_muon, config.optimiser_bits)
+                total += moment_bytes(p.numel(), by_muon, config.optimiser_bits)
+    return total / (world if config.shard_optimiser else 1)
+
+
+def fixed_bytes(config: Training, recipe: Recipe, share: int, world: int = 1) -> float:
+    """Weights, gradients, optimiser and average of a recipe, as far as they are not offloaded; networks that are only
+    used; `share` samples of input."""
+    total = float(share * sum(v.nbytes for v in recipe.example(torch.device("cpu"), 1).values()))
+    total += moments_of(config, recipe, world)
+    for i, part in enumerate(recipe.parts.values()):
+        state = sum(v.nbytes for v in part.state_dict().values())
+        total += state + (state if i == 0 and config.ema and config.offload == "none" else 0)
+        total += sum(p.nbytes for p in part.parameters() if p.requires_grad)  # gradients
     if isinstance(config, LDMTraining):
         with torch.device("meta"):
             for used in (VAE(config.model.vae), CLIP3D(config.model.clip, towers=("text",))):

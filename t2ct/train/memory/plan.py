@@ -13,7 +13,7 @@ import torch
 
 from t2ct.train.config import OFFLOADS, CLIPTraining, Training
 from t2ct.train.memory.count import count_update, pace_of, seconds_of
-from t2ct.train.memory.measure import fixed_bytes, measure
+from t2ct.train.memory.measure import fixed_bytes, measure, moments_of
 from t2ct.train.memory.recipes import probe_recipe
 from t2ct.train.parts.machine import find_precision
 
@@ -72,7 +72,8 @@ def make_plan(
     """
     share = max(1, config.batch // world)
     limit = read_size(config.memory) if config.memory else 0.0
-    predict = (_measured if device.type == "cuda" else _counted)(kind, replace(config, batch=share, memory=""), device)
+    by = _measured if device.type == "cuda" else _counted
+    predict = by(kind, replace(config, batch=share, memory=""), device, world)
     smallest = math.inf
     tried = _offloads(config, device) if limit else [config.offload]
     with torch.random.fork_rng(devices=[]):
@@ -104,24 +105,28 @@ def _offloads(config: Training, device: torch.device) -> list[str]:
 Prediction = Callable[[int, bool, str], tuple[float, float, Callable[[], float]]]
 
 
-def _counted(kind: str, config: Training, device: torch.device) -> Prediction:
+def _counted(kind: str, config: Training, device: torch.device, world: int = 1) -> Prediction:
     """(micro, blocks, offload) -> bytes that stand still, bytes at most, and how to learn the seconds of an update."""
 
     def predict(micro: int, blocks: bool, offload: str) -> tuple[float, float, Callable[[], float]]:
-        cost = count_update(kind, replace(config, offload=offload), micro, blocks, device)
+        left = replace(config, offload=offload)
+        cost, others = count_update(kind, left, micro, blocks, device), 0.0
+        if config.shard_optimiser and world > 1:
+            recipe = probe_recipe(kind, config, torch.device("meta"))
+            others = moments_of(left, recipe) - moments_of(left, recipe, world)
         precision = find_precision(config.precision, device)
-        return cost.fixed, cost.peak, lambda: seconds_of(cost.work, pace_of(precision))
+        return cost.fixed - others, cost.peak - others, lambda: seconds_of(cost.work, pace_of(precision))
 
     return predict
 
 
-def _measured(kind: str, config: Training, device: torch.device) -> Prediction:
+def _measured(kind: str, config: Training, device: torch.device, world: int = 1) -> Prediction:
     """As `_counted`, by running small updates on the device."""
     recipe = probe_recipe(kind, config, torch.device("meta"))  # for its sizes alone
     known: dict[bool, Callable[[int], tuple[float, float]]] = {}
 
     def predict(micro: int, blocks: bool, offload: str) -> tuple[float, float, Callable[[], float]]:
-        fixed = fixed_bytes(replace(config, offload=offload), recipe, config.batch)
+        fixed = fixed_bytes(replace(config, offload=offload), recipe, config.batch, world)
         if blocks not in known:
             known[blocks] = measure(kind, config, device, blocks)
         activations, seconds = known[blocks](micro)
