@@ -23,9 +23,36 @@ needs_embedded = pytest.mark.skipif(
 needs_judge = pytest.mark.skipif(not (EMBEDDED / FILE).exists(), reason="the package holds no judge")
 
 
+FOLLOWED = {  # prompts of what fills many voxels; the smallest findings are drawn less surely
+    "Cardiomegaly": "Marked cardiomegaly.",
+    "Pericardial effusion": "Large pericardial effusion.",
+    "Hiatal hernia": "Large hiatal hernia.",
+    "Emphysema": "Severe emphysema in both upper lobes.",
+    "Consolidation": "Lobar consolidation in the right lower lobe.",
+    "Peribronchial thickening": "Severe peribronchial thickening in both lungs.",
+    "Interlobular septal thickening": "Severe interlobular septal thickening in both lungs.",
+    "Pleural effusion": "Large left pleural effusion.",
+}
+
+
 @needs_embedded
 def test_the_embedded_model_is_small():
-    assert sum(p.stat().st_size for p in EMBEDDED.iterdir() if p.name != FILE) <= 24e6
+    assert sum(p.stat().st_size for p in EMBEDDED.iterdir()) <= 40e6
+
+
+@needs_embedded
+@needs_judge
+def test_the_embedded_model_draws_what_is_asked_for():
+    """The judge finds a finding likelier where the prompt names it than where other prompts name others."""
+    pipe = T2CTPipeline.from_pretrained(device="cpu")
+    made = pipe(list(FOLLOWED.values()), generator=3, num_inference_steps=12, output_type="np", progress=False)
+    judge, _ = open_judge(None, None, "cpu", phantoms=True)
+    says = judge(torch.from_numpy(np.stack(made)).float()[:, None]).numpy()
+    ranks = []
+    for k, name in enumerate(FOLLOWED):
+        of = says[:, LABELS.index(name)]
+        ranks.append((np.delete(of, k) < of[k]).mean())
+    assert np.mean(ranks) >= 0.9, dict(zip(FOLLOWED, ranks, strict=True))
 
 
 @needs_embedded

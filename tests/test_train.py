@@ -130,6 +130,8 @@ def test_optimisers_and_average_on_the_host_make_the_same_numbers(matrix_rate):
             model(torch.randn(3, 2, 3, 3, 3, generator=torch.Generator().manual_seed(number))).square().sum().backward()
             optimisers.step(0.5)
             average.update(model)
+            with torch.no_grad():
+                model[2].bias.clamp_(-0.01, 0.01)  # as a recipe may, between updates
         if host:
             assert all(p.grad is None for p in model.parameters())
             shared = {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in optimisers.host.values()}
@@ -148,7 +150,7 @@ def test_optimisers_and_average_on_the_host_make_the_same_numbers(matrix_rate):
 
 
 def test_moments_of_eight_bits(monkeypatch):
-    """Steps nearly as with 32, a sixth of the memory, and a checkpoint that is taken up to the bit."""
+    """Steps nearly as with 32, a quarter of the memory, and a checkpoint that is taken up to the bit."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # the same operators, without the minute
 
     def made(bits):

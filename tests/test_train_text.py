@@ -14,11 +14,14 @@ from test_train_recipes import Latents, Volumes, Words, ldm_recipe, learned, ste
 from t2ct.data.phantoms import LABELS
 from t2ct.data.phantoms.reports.details import DETAILS
 from t2ct.models import CLIP3D
+from t2ct.train import train
 from t2ct.train.clip import CLIPRecipe, answer_loss, info_nce
 from t2ct.train.config import CLIPTraining, LDMTraining
 from t2ct.train.data.answers import QUESTIONS, answers_of, sentences
-from t2ct.train.data.source import Entry
+from t2ct.train.data.source import Entry, Unread
 from t2ct.train.parts.whitening import context_layers, folded, multiply, whitening
+from t2ct.train.presets import TINY
+from t2ct.train.run import configure
 
 NO_AUTOCAST = partial(torch.autocast, "cpu", enabled=False)
 
@@ -149,6 +152,40 @@ def test_what_would_learn_nothing_is_refused():
         CLIPTraining(contrast_weight=0.0, label_weight=1.0, freeze_text=True)
 
 
+def test_data_that_cannot_teach_are_refused_at_once(tmp_path):
+    (tmp_path / "manifest.csv").write_text("volume,report\na.nii.gz,Large effusion.\n")
+    (tmp_path / "a.nii.gz").write_bytes(b"")
+    for kind, way in (("ldm", "--set clip=RUN takes"), ("clip", "--set label_weight=0 does without")):
+        with pytest.raises(ValueError, match=f"no labels.*CLIP3D of the preset embedded learns from labels: {way}"):
+            train(kind, str(tmp_path), tmp_path / "run", preset="embedded", quiet=True, device="cpu")
+    with pytest.raises(ValueError, match="freeze_text: wanted start=, the run whose reports"):
+        train("clip", "phantoms:8", tmp_path / "other", preset="tiny", freeze_text=True, quiet=True, device="cpu")
+    with pytest.raises(ValueError, match="label_weight: wanted 0 or more, got -1"):
+        CLIPTraining(label_weight=-1.0)
+
+
+def test_reports_alone_read_no_volume(tmp_path):
+    class Broken(Labelled):
+        def read(self, index):
+            raise AssertionError("a volume was read")
+
+    source = Unread(Broken())
+    assert len(source) == 8 and source.entries is Broken.entries
+    config = CLIPTraining(model=SMALL, steps=2, batch=8, contrast_weight=0.0, label_weight=1.0)
+    recipe = CLIPRecipe(config, CLIP3D(SMALL.clip).train(), OfWords(), source, source)
+    assert set(steps_of(recipe, recipe.samples(), "clip")[0]) == {"ids", "answers"} and "auc_of_reports" in seen(recipe)
+    from t2ct.train.build import build
+
+    made = build("clip", replace(config, model=TINY), "phantoms:64", tmp_path, torch.device("cpu"), tmp_path / "cache")
+    assert isinstance(made.source, Unread) and isinstance(made.valid, Unread) and not (tmp_path / "cache").exists()
+
+
+def test_adapters_of_a_preset_that_whitens():
+    assert configure("ldm", "embedded").whiten and not configure("ldm", "embedded", lora=4).whiten
+    with pytest.raises(ValueError, match="whiten: wanted false beside lora"):
+        configure("ldm", "embedded", lora=4, whiten=True)
+
+
 def test_whitened_contexts_are_as_wide_in_every_direction():
     g = torch.Generator().manual_seed(0)
     spread = torch.diag(torch.logspace(0, -1, 6))
@@ -198,6 +235,6 @@ def test_what_is_exported_has_the_whitening_inside(tmp_path):
     kept = load_file(tmp_path / "unet.safetensors")
     for name, layer in named(recipe.model):
         assert torch.allclose(kept[name], layer.weight @ recipe.white, atol=1e-5)
-    with pytest.raises(ValueError, match="whiten: wanted no adapters"):
+    with pytest.raises(ValueError, match="whiten: wanted false beside lora"):
         LDMTraining(model=SMALL, whiten=True, lora=2)
     assert ldm_recipe(Latents()).white is None

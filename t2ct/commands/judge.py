@@ -60,22 +60,24 @@ def run(args: argparse.Namespace) -> None:
     judge, _ = open_judge(args.judge, None, find_device(args.device), phantoms=True)
     found: dict[str, list[dict[str, Any]]] = {}
     warned = args.judge is not None
-    for path in dict.fromkeys(args.volumes):  # one after another: there may be thousands
-        volume = load_volume(path)
-        if not volume.synthetic and not warned:
-            warnings.warn(f"judge: {SCANS}", stacklevel=2)
-            warned = True
-        try:
-            said = verdicts(volume, judge)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-        said = [v for v in said if args.all or v.probability >= LEAST]
+    try:
+        for path in dict.fromkeys(args.volumes):  # one after another: there may be thousands
+            volume = load_volume(path)
+            if not volume.synthetic and not warned:
+                warnings.warn(f"judge: {SCANS}", stacklevel=2)
+                warned = True
+            try:
+                said = verdicts(volume, judge)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+            said = [v for v in said if args.all or v.probability >= LEAST]
+            if args.json:
+                found[path] = [asdict(v) for v in said]
+            else:
+                print(as_text(path, said), flush=True)
+    finally:  # a bad one loses nothing of what was said before it
         if args.json:
-            found[path] = [asdict(v) for v in said]
-        else:
-            print(as_text(path, said), flush=True)
-    if args.json:
-        print(json.dumps(found, indent=2))
+            print(json.dumps(found, indent=2))
 
 
 def as_text(path: str, said: Sequence[Verdict]) -> str:

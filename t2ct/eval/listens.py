@@ -29,7 +29,7 @@ from t2ct.files import check_outputs, write_files
 from t2ct.train.data.phantoms import draw_names
 
 PROOF_SEED, PROMPT_SEED = 100_000, 300_000  # training takes seeds below 100000, the thresholds come from 200000 on
-# What the model in the package was trained on, and how often it saw 0, 1, 2 or 3 of them.
+# What prompts name, and how often 0, 1, 2 or 3 of them: the measurements were proven among these findings.
 KNOWN = (
     "pleural effusion", "pericardial effusion", "cardiomegaly", "consolidation", "lung nodule", "emphysema",
     "atelectasis", "arterial wall calcification",

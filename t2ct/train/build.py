@@ -16,7 +16,7 @@ from t2ct.train.config import CLIPTraining, JudgeTraining, LDMTraining, Training
 from t2ct.train.data import Source, open_data
 from t2ct.train.data.latents import LatentSource, encode_source
 from t2ct.train.data.phantoms import VALID_COUNT
-from t2ct.train.data.source import cached
+from t2ct.train.data.source import Unread, cached
 from t2ct.train.judge import JudgeRecipe
 from t2ct.train.ldm import LDMRecipe
 from t2ct.train.parts.folders import load_part, load_tokenizer, start_from
@@ -47,6 +47,10 @@ def build(
         start_from(judge, config.start, "judge")
         return JudgeRecipe(config, judge, train_set, valid, bad)
     assert isinstance(config, CLIPTraining)
+    if config.freeze_text and not config.start:
+        raise ValueError("freeze_text: wanted start=, the run whose reports the volumes are to meet, got none")
+    if config.freeze_text and Path(config.start).is_file() and not config.tokenizer:
+        raise ValueError("tokenizer: wanted that of the text tower that is frozen, got none beside a file of weights")
     tokenizer = _tokenizer(config, train_set, root)
     torch.manual_seed(config.seed)
     clip = CLIP3D(config.model.clip).to(device)
@@ -65,6 +69,8 @@ def _source(config: Training, data: str, split: str, cache: Path, bad: Path) -> 
     if left_out:
         known = bad.read_text(encoding="utf-8").splitlines() if bad.exists() else []
         write_files({bad: ("\n".join([*known, *(n for n in left_out if n not in known)]) + "\n").encode()})
+    if isinstance(config, CLIPTraining) and not config.contrast_weight:
+        return Unread(source)
     return cached(source, cache, config.cache_gb) if len(source) else source
 
 

@@ -30,7 +30,7 @@ from t2ct.train.recipe import Batch, Recipe, Shown, gather, last_only, ranks, re
 from t2ct.train.show.figures import recall
 
 LONGEST_SCALE = math.log(100)
-SENTENCE = 16  # tokens of a sentence about a finding
+SENTENCE = 32  # tokens of a sentence about a finding, at most, to measure memory by
 
 
 def answer_loss(embedding: Tensor, yes: Tensor, no: Tensor, answers: Tensor, scale: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ class CLIPRecipe(Recipe):
     """parts: "clip"."""
 
     config: CLIPTraining
-    shown = ("hit", "scale")
+    shown: tuple[str, ...] = ("hit", "scale")
     better = 1
     wide = True  # the projection takes the tokens of a whole cross-section
 
@@ -84,7 +84,7 @@ class CLIPRecipe(Recipe):
         self.questions: Tensor | None = None
         if config.label_weight:
             text = config.model.clip.text
-            self.questions = torch.zeros(2 * QUESTIONS, SENTENCE + 1, dtype=torch.long)  # to measure memory by
+            self.questions = torch.zeros(2 * QUESTIONS, min(SENTENCE, text.max_length), dtype=torch.long)
             self.questions[:, -1] = text.eot_id
             if tokenizer is not None:
                 yes, no = sentences()
@@ -93,6 +93,8 @@ class CLIPRecipe(Recipe):
         if not isinstance(tower.vq, SteadyQuantizer):
             tower.vq = SteadyQuantizer(tower.vq, config.codebook_decay, config.dead_share, config.batch)
         self.quantizer: SteadyQuantizer = tower.vq
+        if not config.contrast_weight:
+            self.shown = ("scale",)
         frozen = ["vision_model", "visual_projection"] if not config.contrast_weight else []
         frozen += ["text_model", "text_projection"] if config.freeze_text else []
         for name in frozen:

@@ -120,6 +120,9 @@ class CLIPTraining(Training):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("contrast_weight", "label_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: wanted 0 or more, got {getattr(self, name)}")
         if not self.contrast_weight and not self.label_weight:
             raise ValueError("contrast_weight: wanted more than 0, or a label_weight to learn from, got 0 for both")
         if self.freeze_text and not self.contrast_weight:
@@ -149,7 +152,7 @@ class LDMTraining(Training):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.whiten and self.lora:
-            raise ValueError("whiten: wanted no adapters beside it, since they are kept without the weights, got lora")
+            raise ValueError("whiten: wanted false beside lora, whose adapters are kept without the weights, got true")
 
 
 @dataclass(frozen=True)

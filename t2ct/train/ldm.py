@@ -90,9 +90,7 @@ class Flows:
             "context": context * kept,
             "spacing": 100 * (latent.spacing.float() if c.actual_spacing else self.spacing),
         }
-        if c.small_weight:
-            if latent.small is None:
-                raise ValueError("small_weight: wanted data that know their small findings (phantoms), or 0")
+        if c.small_weight and latent.small is not None:
             made["small"] = latent.small
         return made
 
@@ -109,6 +107,9 @@ class LDMRecipe(Recipe):
     ):  # fmt: skip
         self.config, self.model, self.vae, self.clip, self.tokenizer = config, model, vae, clip, tokenizer
         self.source, self.valid = source, valid
+        if config.small_weight and source and source.read(0).small is None:
+            told = "small_weight: nothing to weigh, since these data do not know where their small findings are"
+            warnings.warn(told, stacklevel=2)
         self.scale = measure_scale(source, config.latents == "sampled") if source else 1.0
         self.contexts, self.white = None if source is None else self._contexts(source), None
         if config.whiten and self.contexts:

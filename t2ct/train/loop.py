@@ -110,7 +110,8 @@ class Run:
     def averaged(self) -> Iterator[nn.Module]:
         """The network with its averaged weights, in evaluation mode; afterwards as it was."""
         model = self.recipe.parts[self.first]
-        live = {k: v.detach().clone() for k, v in model.state_dict().items()} if self.average.decay else {}
+        kept = model.state_dict().items() if self.average.decay else ()
+        live = {k: v.detach().to("cpu" if self.average.host else v.device, copy=True) for k, v in kept}
         if live:
             model.load_state_dict(self.average.weights)
         model.eval()

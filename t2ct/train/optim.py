@@ -1,5 +1,5 @@
-"""Adam, Muon for matrices, the learning rate's course, and the average of the weights; the last two, where a device
-has no room, in the host's memory: the same numbers, and a copy over the bus every update."""
+"""Adam, Muon for matrices, the learning rate's course, and the average of the weights. Where a device has no room, the
+optimisers and the average lie in the host's memory: the same numbers, and copies over the bus every update."""
 
 from __future__ import annotations
 
@@ -72,6 +72,7 @@ class Optimisers:
             gradient = self.live[key].grad
             copy.grad = None if gradient is None else gradient.to("cpu", copy=True)
             self.live[key].grad = None
+            copy.data.copy_(self.live[key].data)  # a recipe may have moved it, as CLIP3D's clamps its scale
         for key, matrix in self.matrices.items():
             gradient = (self.host or self.live)[key].grad
             matrix.grad = None if gradient is None else gradient.reshape(matrix.shape)
@@ -119,10 +120,7 @@ class Optimisers:
         return {k: v for part in every or [kept] for k, v in part.items()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state` returned; the network has its weights already."""
-        with torch.no_grad():
-            for key, copy in self.host.items():
-                copy.copy_(self.live[key])
+        """Take over what `state` returned."""
         by_owner: dict[str, dict[str, Tensor]] = {}
         for name, value in state.items():
             owner, _, what = name.rpartition(".")

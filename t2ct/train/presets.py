@@ -161,6 +161,8 @@ EMBEDDED_RUNS = {
         warmup=100.0,
         ema=0.998,
         latents="means",  # a channel that the VAE does not use has sigma 1: a target of noise that nothing predicts
+        whiten=True,
+        small_weight=3.0,
         export="float16",
         preview_every=1000,
     ),

@@ -18,7 +18,18 @@ from t2ct.checks import find_device
 from t2ct.files import check_output_folder, write_files
 from t2ct.train import loop
 from t2ct.train.build import build
-from t2ct.train.config import KINDS, LDMTraining, Training, differences, load_config, read_toml, to_toml, updated
+from t2ct.train.config import (
+    KINDS,
+    CLIPTraining,
+    LDMTraining,
+    Training,
+    differences,
+    load_config,
+    read_toml,
+    to_toml,
+    updated,
+)  # fmt: skip
+from t2ct.train.data import open_data
 from t2ct.train.memory import Plan, checkpoint_blocks, make_plan
 from t2ct.train.optim import check_optimiser
 from t2ct.train.parts.folders import find_folder
@@ -38,7 +49,10 @@ def configure(
     made = preset(kind, preset_name)
     if config is not None:
         made = load_config(config, made)
-    return updated(made, {name: value for name, value in values.items() if value is not None}, "option")
+    given = {name: value for name, value in values.items() if value is not None}
+    if given.get("lora") and "whiten" not in given and isinstance(made, LDMTraining):
+        made = replace(made, whiten=False)  # the preset's; adapters are kept without the weights that it goes into
+    return updated(made, given, "option")
 
 
 def train(
@@ -84,12 +98,13 @@ def train(
             torch.set_num_threads(made.threads)
         if dry_run:
             told = partial(print, flush=True) if not quiet else lambda _: None
-            print(make_plan(kind, made, where, told=told).text())
+            print(make_plan(kind, made, where, ranks()[1], told).text())
             return Path(out)
         root = Path(out)
         if not str(out):
             raise ValueError("out: wanted a folder for the run, got nothing")
         check_output_folder(root)
+        _check_labels(kind, preset, made, spec)
         _refuse_other(root, kind, preset, spec, resume)
         cache = cache or root / "cache"
         _stages(kind, preset, made, spec, root, where, quiet, cache)
@@ -152,8 +167,8 @@ def _stages(
 ) -> None:  # fmt: skip
     """Train what a preset of its own needs before, each stage in a folder of the run."""
     for folder, stage, told in before(kind, name):
-        if (isinstance(config, LDMTraining) and getattr(config, stage)) or config.start:
-            continue  # it was given
+        if _given(config, stage):
+            continue
         if stage != "ldm" and (root / folder / "final" / "config.json").exists():
             continue
         told = replace(told, seed=config.seed, precision=config.precision, skip_bad=config.skip_bad)
@@ -170,6 +185,26 @@ def _stages(
                 _refuse_other(root / folder, stage, name, data, True)
                 _train(stage, told, name, data, root / folder, device, quiet, cache)
         _wait()
+
+
+def _given(config: Training, stage: str) -> bool:
+    """Is what this stage would train given already, or nothing to it?"""
+    given = isinstance(config, LDMTraining) and bool(getattr(config, stage))
+    unasked = isinstance(config, CLIPTraining) and not config.label_weight  # no answers to teach reports by
+    return given or unasked or bool(config.start)
+
+
+def _check_labels(kind: str, preset_name: str, config: Training, data: str) -> None:
+    """ValueError where data lack the labels that a later stage learns from, hours before it would say so."""
+    told = [config, *(c for _, stage, c in before(kind, preset_name) if not _given(config, stage))]
+    asked = any(isinstance(c, CLIPTraining) and c.label_weight for c in told)
+    if not asked or data.startswith("phantoms:") or (Path(data) / "train" / "index.json").is_file():
+        return
+    try:
+        open_data(data, "train", config.model.size, labels=True, skip_bad=config.skip_bad)
+    except ValueError as error:
+        way = "--set clip=RUN takes a CLIP3D that is trained" if kind == "ldm" else "--set label_weight=0 does without"
+        raise ValueError(f"{error}; the CLIP3D of the preset {preset_name} learns from labels: {way}") from None
 
 
 def _started(config: Training, folder: str, root: Path) -> Training:

@@ -110,6 +110,19 @@ def check_hu(hu: np.ndarray, name: str) -> None:
         warnings.warn(f"{name}: {evidence}", stacklevel=2)
 
 
+class Unread:
+    """A source of which only what is known besides the volumes counts: none is read, drawn or kept."""
+
+    def __init__(self, source: Source):
+        self.entries, self.size = source.entries, source.size
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def read(self, index: int) -> Item:
+        return Item(np.zeros((1, 1, 1), np.int16), (1.0, 1.0, 1.0))
+
+
 class Cached:
     """A source whose volumes, once read, lie in `folder` and are read from there."""
 

@@ -17,7 +17,7 @@ from torch import nn
 from t2ct.models import CLIP3D, VAE
 from t2ct.train.config import LDMTraining, Training
 from t2ct.train.memory.recipes import checkpoint_blocks, probe_recipe
-from t2ct.train.optim import moment_bytes
+from t2ct.train.optim import moment_bytes, shared_out
 from t2ct.train.parts.machine import find_precision
 from t2ct.train.recipe import Recipe
 
@@ -27,18 +27,21 @@ CPU_VOXELS = 2**14  # of a probe on a CPU, about
 
 
 def moments_of(config: Training, recipe: Recipe, world: int = 1) -> float:
-    """Bytes that the optimisers keep on a device, one of `world`."""
+    """Bytes that the optimisers keep on a device, of `world` the one with the most."""
     if config.offload == "optimiser":
         return 0.0
     total = 0.0
     for name, part in recipe.parts.items():
         muon = recipe.rates(name)[1] > 0
         embeddings = {id(m.weight) for m in part.modules() if isinstance(m, nn.Embedding)}
-        for p in part.parameters():
-            if p.requires_grad:
-                by_muon = muon and p.ndim > 1 and id(p) not in embeddings
-                total += moment_bytes(p.numel(), by_muon, config.optimiser_bits)
-    return total / (world if config.shard_optimiser else 1)
+        live = {k: p for k, p in part.named_parameters() if p.requires_grad}
+        taken = {
+            k: moment_bytes(p.numel(), muon and p.ndim > 1 and id(p) not in embeddings, config.optimiser_bits)
+            for k, p in live.items()
+        }
+        shares = shared_out({k: p.numel() for k, p in live.items()}, world if config.shard_optimiser else 1)
+        total += max(sum(taken[k] for k in share) for share in shares)
+    return total
 
 
 def fixed_bytes(config: Training, recipe: Recipe, share: int, world: int = 1) -> float:
