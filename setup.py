@@ -231,7 +231,7 @@ def build_module(target: Path, objects: Path, wish: str) -> None:
 setup(
     packages=[*find_packages(include=["t2ct", "t2ct.*"]), "t2ct.kernels"],
     package_dir={"t2ct.kernels": "kernels"},
-    package_data={"t2ct": ["assets/**/*.json", "assets/**/*.safetensors"]},
+    package_data={"t2ct": ["assets/embedded/*.json", "assets/embedded/*.safetensors"]},
     ext_modules=[Extension("t2ct._C", sources=list(UNITS), depends=DEPENDS, optional=True)],
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -16,7 +16,7 @@ IGNORED = {"__pycache__"}
 def tree():
     """Every file that belongs in a wheel, by its path there."""
     files = {p.relative_to(ROOT).as_posix() for p in (ROOT / "t2ct").rglob("*.py")}
-    files |= {p.relative_to(ROOT).as_posix() for p in (ROOT / "t2ct/assets").rglob("*") if p.is_file()}
+    files |= {p.relative_to(ROOT).as_posix() for p in (ROOT / "t2ct/assets/embedded").rglob("*") if p.is_file()}
     files |= {"t2ct/" + p.relative_to(ROOT).as_posix() for p in (ROOT / "kernels").rglob("*.py")}
     return {f for f in files if not IGNORED.intersection(f.split("/"))}
 
@@ -50,8 +50,8 @@ def test_every_folder_of_code_is_a_package():
 
 
 def test_assets_are_packaged():
-    """setup.py names the suffixes of t2ct/assets; another would be left out silently."""
-    for path in (ROOT / "t2ct/assets").rglob("*"):
+    """setup.py names the suffixes of the embedded model; another would be left out silently."""
+    for path in (ROOT / "t2ct/assets/embedded").rglob("*"):
         assert path.is_dir() or path.suffix in (".json", ".safetensors"), f"{path} is not in setup.py's package_data"
 
 
