@@ -75,8 +75,8 @@ def run(vae, direction, x, budget=None, spool_dir=None):
         return stream.execute(vae.nodes(direction), dict(vae.named_parameters()), x, budget, spool_dir)
 
 
-# With AMX oneDNN's bfloat16 convolutions take room inside themselves, 0.2 MB in these networks, that no plan counts yet:
-# there only the bits are compared.
+# With AMX oneDNN's bfloat16 convolutions take room inside themselves, 0.2 MB in these networks, that no plan counts
+# yet: there only the bits are compared.
 AMX = bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
 CASES = list(product((SMALL, THREE), ("decode", "encode"), (torch.float32, torch.bfloat16), (False, True)))
 PLANS: dict[int, set] = {}  # of every case above that was run
