@@ -75,8 +75,8 @@ def run(vae, direction, x, budget=None, spool_dir=None):
         return stream.execute(vae.nodes(direction), dict(vae.named_parameters()), x, budget, spool_dir)
 
 
-# With AMX oneDNN's bfloat16 convolutions take room inside themselves, 0.2 MB in these networks, that no plan counts
-# yet: there only the bits are compared.
+# With AMX oneDNN's bfloat16 convolutions take room inside themselves, per thread, that no plan counts yet: there the
+# bound is an expected failure, and shown as one.
 AMX = bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
 CASES = list(product((SMALL, THREE), ("decode", "encode"), (torch.float32, torch.bfloat16), (False, True)))
 PLANS: dict[int, set] = {}  # of every case above that was run
@@ -88,18 +88,22 @@ def test_same_bits_within_the_bytes_that_were_said(config, direction, dtype, spo
     vae, x = network(config, dtype), inputs(direction, config, dtype)
     folder = tmp_path if spool else None
     want, rungs = run(vae, direction, x), ladder(vae, direction, x, folder)
+    outside: list[str] = []
     plans_seen = PLANS.setdefault(CASES.index((config, direction, dtype, spool)), set())
     for rung in rungs:
         plan = stream.plan_for(vae.nodes(direction), x.shape, dtype, "cpu", rung.peak, folder)
         assert plan.peak <= rung.peak
         got, measured = peak_bytes(lambda r=rung: run(vae, direction, x, r.peak, folder))
         assert torch.equal(got, want), plan.table()
-        if dtype != torch.bfloat16 or not AMX:
-            assert measured <= plan.peak <= 1.15 * measured, plan.table()
+        if not measured <= plan.peak <= 1.15 * measured:
+            outside.append(f"measured {measured}\n{plan.table()}")
         plans_seen.add((plan.graph, plan.place))
     places = {where for plan in rungs for where in plan.place}
     assert {MEMORY, SPOOL if spool else AGAIN} <= places or len(rungs) == 1
     assert not list(tmp_path.iterdir())
+    if outside and AMX and dtype == torch.bfloat16:
+        pytest.xfail(f"AMX's room is not counted: {outside[0]}")
+    assert not outside, outside[0]
 
 
 @pytest.mark.parametrize("direction", ["decode", "encode"])
