@@ -17,7 +17,7 @@ from t2ct.models import CLIP3D
 from t2ct.train import train
 from t2ct.train.clip import CLIPRecipe, answer_loss, info_nce
 from t2ct.train.config import CLIPTraining, LDMTraining
-from t2ct.train.data.answers import QUESTIONS, answers_of, sentences
+from t2ct.train.data.answers import QUESTIONS, answers_of, question_weights, sentences
 from t2ct.train.data.source import Entry, Unread
 from t2ct.train.parts.whitening import context_layers, folded, multiply, whitening
 from t2ct.train.presets import TINY
@@ -93,7 +93,7 @@ def test_answers_are_added_to_the_contrast_whole_and_through_a_cache():
     text, volume, _ = recipe.loss("clip", batch)
     scale = recipe.model.logit_scale.exp()
     yes, no = recipe.model.encode_text(recipe.questions)[:, 0].chunk(2)
-    asked = [answer_loss(e, yes, no, batch["answers"], scale) for e in (text, volume)]
+    asked = [answer_loss(e, yes, no, batch["answers"], scale, question_weights()) for e in (text, volume)]
     whole = info_nce(text, volume, scale) + 0.5 * sum(asked) / 2
     whole.backward()
     plain = {k: p.grad for k, p in recipe.model.named_parameters() if p.grad is not None}

@@ -98,8 +98,15 @@ def _build_ldm(
     config: LDMTraining, data: str, root: Path, device: torch.device, cache: Path, quiet: bool
 ) -> LDMRecipe:  # fmt: skip
     vae, _, digest = load_part(config.vae, "vae", device)
-    clip, _, _ = load_part(config.clip, "clip", device)
+    clip, _, clip_hash = load_part(config.clip, "clip", device)
     tokenizer = load_tokenizer(config.clip)
+    former: tuple[CLIP3D, Tokenizer] | None = None
+    if config.refit:
+        own, _, own_hash = load_part(config.start, "clip", device)
+        if own.config.embed_dim != clip.config.embed_dim:
+            widths = f"{own.config.embed_dim}, got {clip.config.embed_dim}"
+            raise ValueError(f"refit: wanted a CLIP3D of start's embed_dim {widths}")
+        former = (own, load_tokenizer(config.start)) if own_hash != clip_hash else None
     found: dict[str, LatentSource] = {}
     for split in ("train", "valid"):
         ready = Path(data) / split
@@ -120,6 +127,4 @@ def _build_ldm(
         if not config.start:
             raise ValueError("lora: wanted start=, the model that the adapters are for, got none")
         add_lora(unet, config.lora, config.seed)
-    return LDMRecipe(config, unet, vae, clip, tokenizer, found["train"], found.get("valid"))
-
-
+    return LDMRecipe(config, unet, vae, clip, tokenizer, found["train"], found.get("valid"), former)

@@ -20,8 +20,9 @@ from t2ct.eval.metrics.factual import auc
 from t2ct.models import CLIP3D
 from t2ct.text import Tokenizer
 from t2ct.train.config import CLIPTraining
-from t2ct.train.data.answers import QUESTIONS, answers_of, labels_of, sentences
+from t2ct.train.data.answers import QUESTIONS, answers_of, labels_of, question_weights, sentences
 from t2ct.train.data.order import Draw, Samples, generator
+from t2ct.train.data.recombined import Sentences
 from t2ct.train.data.source import Item, Source
 from t2ct.train.parts.codebook import SteadyQuantizer
 from t2ct.train.parts.folders import export_folder
@@ -30,17 +31,20 @@ from t2ct.train.recipe import Batch, Recipe, Shown, gather, last_only, ranks, re
 from t2ct.train.show.figures import recall
 
 LONGEST_SCALE = math.log(100)
+LATER = 0.6  # of the share of recombined texts, what is whole reports at the end of a run
 SENTENCE = 32  # tokens of a sentence about a finding, at most, to measure memory by
 
 
-def answer_loss(embedding: Tensor, yes: Tensor, no: Tensor, answers: Tensor, scale: Tensor) -> Tensor:
+def answer_loss(
+    embedding: Tensor, yes: Tensor, no: Tensor, answers: Tensor, scale: Tensor, weights: Tensor | float = 1.0
+) -> Tensor:
     """Mean cross entropy of embeddings (B, E) that lie nearer to sentences that say yes (Q, E), or no (Q, E).
 
-    answers: (B, Q) 1, 0, or NaN where nothing is known, which counts as answered without loss."""
+    answers: (B, Q) 1, 0, or NaN where nothing is known, which counts as answered without loss. weights: (Q,)."""
     logits = scale * embedding @ (yes - no).T
     known = answers.isfinite()
     each = F.binary_cross_entropy_with_logits(logits, answers.nan_to_num(), reduction="none")
-    return (each * known).mean()
+    return (each * known * weights).mean()
 
 
 def info_nce(text: Tensor, volume: Tensor, scale: Tensor) -> Tensor:
@@ -52,12 +56,20 @@ def info_nce(text: Tensor, volume: Tensor, scale: Tensor) -> Tensor:
 
 class Reports:
     """Prepares a sample: the volume in HU, the token ids of one of its reports, to its own length; with a label_weight
-    the answers (QUESTIONS,)."""
+    the answers (QUESTIONS,); with `recombine` often a text of several reports' sentences, and its mirror image next."""
 
     def __init__(self, source: Source, tokenizer: Tokenizer, config: CLIPTraining):
         self.entries, self.tokenizer, self.config = source.entries, tokenizer, config
+        self.sentences = Sentences(source.entries) if config.recombine else None
 
     def __call__(self, item: Item, draw: Draw) -> Batch:
+        c, number = self.config, draw[1]
+        if self.sentences is not None:
+            pair = number // 2  # twins of one text, unlike it in its sides alone
+            rng, progress = generator(c.seed + 2, pair), 2 * pair / (c.steps * c.batch)
+            if torch.rand((), generator=rng) < c.recombine * (1 - LATER * progress):
+                text, answers = self.sentences.draw(rng, 3 + round(3 * progress), number % 2 == 1)
+                return {"ids": token_ids(self.tokenizer, [text], c.model.clip.text.max_length)[0], "answers": answers}
         texts, rng = self.entries[draw[0]].texts, generator(self.config.seed, draw[1])
         text = texts[int(torch.randint(len(texts), (1,), generator=rng))]
         ids = token_ids(self.tokenizer, [text], self.config.model.clip.text.max_length)[0]
@@ -126,7 +138,9 @@ class CLIPRecipe(Recipe):
     def _asked(self, embeddings: Sequence[Tensor], answers: Tensor, scale: Tensor) -> Tensor:
         assert self.questions is not None
         yes, no = self.model.encode_text(self.questions.to(answers.device))[:, 0].float().chunk(2)
-        return sum(answer_loss(e, yes, no, answers, scale) for e in embeddings) / len(embeddings)  # type: ignore
+        weights = question_weights().to(answers.device)
+        losses = [answer_loss(e, yes, no, answers, scale, weights) for e in embeddings]
+        return torch.stack(losses).mean()
 
     def gradients(
         self, part: str, call: nn.Module, micros: Sequence[Batch], backward: Callable[[Tensor], None], autocast: Any

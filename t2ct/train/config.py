@@ -117,6 +117,7 @@ class CLIPTraining(Training):
     contrast_weight: float = key(1.0, "of InfoNCE; 0: no volume is looked at, and reports learn from answers alone")
     freeze_text: bool = key(False, "only the vision tower learns: it meets reports where they are (of `start`)")
     label_weight: float = key(0.0, 'of the answers that both embeddings give to "X is present."; above 0 needs labels')
+    recombine: float = key(0.0, "share at first of texts put together of several reports' sentences (of phantoms)")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -125,6 +126,13 @@ class CLIPTraining(Training):
                 raise ValueError(f"{name}: wanted 0 or more, got {getattr(self, name)}")
         if not self.contrast_weight and not self.label_weight:
             raise ValueError("contrast_weight: wanted more than 0, or a label_weight to learn from, got 0 for both")
+        if not 0 <= self.recombine <= 1:
+            raise ValueError(f"recombine: wanted 0 to 1, got {self.recombine}")
+        if self.recombine and (self.contrast_weight or not self.label_weight):
+            raise ValueError(
+                "recombine: wanted contrast_weight 0 and a label_weight, since these texts have no volume, got "
+                f"{self.contrast_weight:g} and {self.label_weight:g}"
+            )
         if self.freeze_text and not self.contrast_weight:
             raise ValueError("freeze_text: wanted a contrast_weight above 0, or nothing would learn, got 0")
 
@@ -143,6 +151,7 @@ class LDMTraining(Training):
     text_dropped: float = key(0.1, "share of samples that see no text")
     text_noise: float = key(0.0, "length of the noise added to a text's unit vector")
     whiten: bool = key(False, "contexts as wide in every direction; the weights take that up in the end")
+    refit: bool = key(False, "start's UNet knows contexts of start's CLIP3D: fit it to those of `clip` first")
     small_weight: float = key(0.0, "further weight of latent voxels a quarter full of a small finding")
     lora: int = key(0, "rank of low-rank adapters that alone are trained; 0: all weights")
     preview_every: int = key(0, "steps between volumes of fixed prompts; 0: at the end only")
@@ -151,6 +160,9 @@ class LDMTraining(Training):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.refit and (self.lora or not self.start):
+            got = "lora, whose adapters are kept without the weights" if self.lora else "none"
+            raise ValueError(f"refit: wanted start=, a model's folder with its CLIP3D, and no lora, got {got}")
         if self.whiten and self.lora:
             raise ValueError("whiten: wanted false beside lora, whose adapters are kept without the weights, got true")
 

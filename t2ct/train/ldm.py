@@ -23,7 +23,7 @@ from t2ct.train.data.order import Draw, Samples, generator
 from t2ct.train.parts.folders import export_folder
 from t2ct.train.parts.lora import lora_state, merged
 from t2ct.train.parts.tokens import token_ids
-from t2ct.train.parts.whitening import folded, multiply, whitening
+from t2ct.train.parts.whitening import fitted, folded, multiply, whitening
 from t2ct.train.recipe import Batch, Recipe, Shown
 
 SCALE_LATENTS = 256  # latents that the scale factor is measured on, where there are so many
@@ -104,7 +104,9 @@ class LDMRecipe(Recipe):
     def __init__(
         self, config: LDMTraining, model: UNet, vae: VAE | None, clip: CLIP3D | None, tokenizer: Tokenizer | None,
         source: LatentSource | None, valid: LatentSource | None = None,
+        former: tuple[CLIP3D, Tokenizer] | None = None,
     ):  # fmt: skip
+        """former: the encoder whose contexts the model knows, where it is not `clip`."""
         self.config, self.model, self.vae, self.clip, self.tokenizer = config, model, vae, clip, tokenizer
         self.source, self.valid = source, valid
         if config.small_weight and source and source.read(0).small is None:
@@ -112,6 +114,11 @@ class LDMRecipe(Recipe):
             warnings.warn(told, stacklevel=2)
         self.scale = measure_scale(source, config.latents == "sampled") if source else 1.0
         self.contexts, self.white = None if source is None else self._contexts(source), None
+        if former and source and self.contexts:
+            matrix, share = fitted(torch.cat(self.contexts), torch.cat(self._contexts(source, *former)))
+            multiply(model, matrix)
+            told = f"refit: of what tells the former encoder's contexts apart, {share:.0%} is in the new one's"
+            warnings.warn(told, stacklevel=2)
         if config.whiten and self.contexts:
             self.white = whitening(torch.cat(self.contexts))
             if config.start:
@@ -142,20 +149,22 @@ class LDMRecipe(Recipe):
         return error.mean(), {}
 
     @torch.no_grad()
-    def _contexts(self, source: LatentSource) -> list[Tensor]:
-        """The context of every report of every entry, (W, D) each."""
+    def _contexts(
+        self, source: LatentSource, clip: CLIP3D | None = None, tokenizer: Tokenizer | None = None
+    ) -> list[Tensor]:
+        """The context of every report of every entry, (W, D) each; of the run's CLIP3D, or of another."""
         texts = [text for entry in source.entries for text in entry.texts]
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # a batch is as long as its longest
         batches = [order[i : i + 64] for i in range(0, len(order), 64)]
-        made = torch.cat([self._embed([texts[i] for i in batch]) for batch in batches]).cpu()
+        made = torch.cat([self._embed([texts[i] for i in batch], clip, tokenizer) for batch in batches]).cpu()
         made = made[torch.tensor(order).argsort()]
         return list(made.split([len(entry.texts) for entry in source.entries]))
 
-    def _embed(self, texts: Sequence[str]) -> Tensor:
-        assert self.clip is not None and self.tokenizer is not None
-        device = next(self.clip.parameters()).device
-        ids = token_ids(self.tokenizer, texts, self.config.model.clip.text.max_length)
-        return self.clip.encode_text(ids.to(device))[:, 0].float()
+    def _embed(self, texts: Sequence[str], clip: CLIP3D | None, tokenizer: Tokenizer | None) -> Tensor:
+        clip, tokenizer = clip or self.clip, tokenizer or self.tokenizer
+        assert clip is not None and tokenizer is not None
+        ids = token_ids(tokenizer, texts, clip.config.text.max_length)
+        return clip.encode_text(ids.to(next(clip.parameters()).device))[:, 0].float()
 
     def validate(self, weights: nn.Module, folder: Path, step: int) -> dict[str, float]:
         """The loss on the validation split, its noise and times the same every time."""

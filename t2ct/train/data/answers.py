@@ -13,6 +13,7 @@ from t2ct.eval.metrics.alignment import ABSENT, PRESENT
 from t2ct.train.data.source import Entry
 
 QUESTIONS = len(LABELS) + len(DETAILS)
+TOLD = 1 / 6  # of the details, the share that a report tells
 _PHRASES = {"side": "{value} {finding}", "size": "{value} {finding}", "lobe": "{finding} of the {value} lobe"}
 
 
@@ -31,6 +32,16 @@ def known_details(entry: Entry) -> Tensor:
 def answers_of(entry: Entry) -> Tensor:
     """(QUESTIONS,) float32: the labels, then the details, which are NaN where nothing is known."""
     return torch.cat((labels_of(entry), known_details(entry)))
+
+
+@cache
+def question_weights() -> Tensor:
+    """(QUESTIONS,) float32, of the loss of answers: the labels, the sides twice, and the other details weigh alike,
+    though a report tells few of the details and fewer of the sides."""
+    sides = torch.tensor([a.kind == "side" for a in ASPECTS for _ in a.values])
+    details = torch.where(sides, 2 / sides.sum(), 1 / (~sides).sum()) / TOLD
+    weights = torch.cat((torch.full((len(LABELS),), 1 / len(LABELS)), details))
+    return weights * QUESTIONS / 4
 
 
 @cache

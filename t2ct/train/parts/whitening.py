@@ -1,4 +1,4 @@
-"""Contexts as wide in every direction, for a network that learns from texts of one kind.
+"""Contexts as wide in every direction, for a network that learns from texts of one kind; and those of another encoder.
 
 Embeddings of reports lie close together: what they share is long, what tells them apart short, and a network listens
 to what is long. Training shows it W c with W = (E[c c^T] + floor)^(-1/2) instead of the context c. A context meets
@@ -23,6 +23,17 @@ def whitening(contexts: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(c.T @ c / len(c))  # rising
     floor = FLOOR * values[:-1].mean().clamp_min(1e-12)
     return ((vectors * (values.clamp_min(0) + floor).rsqrt()) @ vectors.T).float()
+
+
+def fitted(contexts: Tensor, former: Tensor) -> tuple[Tensor, float]:
+    """contexts (N, D) of an encoder and `former` (N, D) of the same texts from the one that a network knows -> A (D, D)
+    float32 with former ≈ A c by least squares, and the share of former's variance that this explains."""
+    c, f = contexts.double(), former.double()
+    moments = c.T @ c / len(c)
+    ridge = 1e-3 * torch.linalg.eigvalsh(moments)[:-1].mean().clamp_min(1e-12)
+    a = torch.linalg.solve(moments + ridge * torch.eye(len(moments)), c.T @ f / len(c)).T
+    left = (f - c @ a.T).square().sum() / (f - f.mean(0)).square().sum()
+    return a.float(), 1 - left.item()
 
 
 def context_layers(model: nn.Module) -> list[nn.Linear]:
