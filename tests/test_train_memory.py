@@ -112,6 +112,14 @@ def test_published_sizes_are_counted_in_seconds_and_leave_no_trace():
     assert y.std().item() == pytest.approx(1, abs=0.05)
 
 
+def test_questions_are_counted_too_and_leave_nothing_behind():
+    """Whatever the loss of answers keeps for itself must not be of the tensors that were only counted."""
+    config = replace(CONFIGS["clip"], label_weight=1.0)
+    plain, asked, again = (count_update("clip", c, 2, False, CPU) for c in (CONFIGS["clip"], config, config))
+    assert plain.peak < asked.peak == again.peak
+    assert measured("clip", config, False, 2) <= asked.peak
+
+
 def test_the_speed_is_about_right():
     """Within a factor of four, under whatever else this machine does: hours are told from days."""
     config = replace(CONFIGS["ldm"], model=replace(MODEL, size=(64, 64, 64)))

@@ -103,10 +103,9 @@ def _build_ldm(
     former: tuple[CLIP3D, Tokenizer] | None = None
     if config.refit:
         own, _, own_hash = load_part(config.start, "clip", device)
-        if own.config.embed_dim != clip.config.embed_dim:
-            widths = f"{own.config.embed_dim}, got {clip.config.embed_dim}"
-            raise ValueError(f"refit: wanted a CLIP3D of start's embed_dim {widths}")
-        former = (own, load_tokenizer(config.start)) if own_hash != clip_hash else None
+        if own_hash == clip_hash:
+            raise ValueError("refit: wanted clip=, a CLIP3D that is not start's own, got the same weights")
+        former = own, load_tokenizer(config.start)
     found: dict[str, LatentSource] = {}
     for split in ("train", "valid"):
         ready = Path(data) / split

@@ -16,11 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from t2ct.data.phantoms import LABELS
+from t2ct.data.phantoms.reports.details import right_by_kind
 from t2ct.eval.metrics.factual import auc
 from t2ct.models import CLIP3D
 from t2ct.text import Tokenizer
 from t2ct.train.config import CLIPTraining
-from t2ct.train.data.answers import QUESTIONS, answers_of, labels_of, question_weights, sentences
+from t2ct.train.data.answers import QUESTIONS, answers_of, question_weights, sentences
 from t2ct.train.data.order import Draw, Samples, generator
 from t2ct.train.data.recombined import Sentences
 from t2ct.train.data.source import Item, Source
@@ -94,6 +96,7 @@ class CLIPRecipe(Recipe):
         self.config, self.model, self.tokenizer, self.source, self.valid = config, model, tokenizer, source, valid
         self.bad = bad
         self.questions: Tensor | None = None
+        self.weights = question_weights()
         if config.label_weight:
             text = config.model.clip.text
             self.questions = torch.zeros(2 * QUESTIONS, min(SENTENCE, text.max_length), dtype=torch.long)
@@ -138,7 +141,7 @@ class CLIPRecipe(Recipe):
     def _asked(self, embeddings: Sequence[Tensor], answers: Tensor, scale: Tensor) -> Tensor:
         assert self.questions is not None
         yes, no = self.model.encode_text(self.questions.to(answers.device))[:, 0].float().chunk(2)
-        weights = question_weights().to(answers.device)
+        weights = self.weights.to(answers.device)
         losses = [answer_loss(e, yes, no, answers, scale, weights) for e in embeddings]
         return torch.stack(losses).mean()
 
@@ -221,8 +224,8 @@ class CLIPRecipe(Recipe):
             self.quantizer.move(step + 1)
 
     def validate(self, weights: nn.Module, folder: Path, step: int) -> dict[str, float]:
-        """R@1, R@5 and R@10 of reports for volumes and of volumes for reports; with a label_weight the mean AUC of the
-        findings' sentences, of volumes and of reports."""
+        """R@1, R@5 and R@10 of reports for volumes and of volumes for reports; with a label_weight the share of sides
+        that the sentences answer rightly, and the mean AUC of the findings' sentences, of reports and of volumes."""
         if self.valid is None or not len(self.valid) or self.tokenizer is None:
             return {}
         device = next(weights.parameters()).device
@@ -234,7 +237,7 @@ class CLIPRecipe(Recipe):
                 hu = torch.from_numpy(item.hu)[None, None].to(device)
                 volumes.append(weights.encode_volume(hu.float()))  # type: ignore[operator]
             if self.questions is not None:
-                answers.append(labels_of(self.valid.entries[i]))
+                answers.append(answers_of(self.valid.entries[i]))
         if not texts:
             return {}
         shown: dict[str, float] = {}
@@ -243,13 +246,16 @@ class CLIPRecipe(Recipe):
             shown = {"mean_recall": sum(found.values()) / len(found)} | found
         if self.questions is not None:
             yes, no = weights.encode_text(self.questions.to(device))[:, 0].float().chunk(2)  # type: ignore[operator]
-            truth = torch.stack(answers).numpy()
-            for name, of in (("zero_shot_auc", volumes), ("auc_of_reports", texts)):
+            truth, n = torch.stack(answers).numpy(), len(LABELS)
+            for name, auc_name, of in (("reports", "auc_of_reports", texts), ("volumes", "zero_shot_auc", volumes)):
                 if not of:
                     continue
                 scores = (torch.cat(of).float() @ (yes - no).T).cpu().numpy()
-                known = [a for k in range(truth.shape[1]) if (a := auc(scores[:, k], truth[:, k])) == a]
-                shown[name] = sum(known) / max(1, len(known))
+                right, told = (found.sum() for found in right_by_kind(scores[:, n:], truth[:, n:])["side"])
+                if told:
+                    shown[f"sides_of_{name}"] = float(right / told)
+                known = [a for k in range(n) if (a := auc(scores[:, k], truth[:, k])) == a]
+                shown[auc_name] = sum(known) / max(1, len(known))
         return shown
 
     def export(self, folder: Path, weights: nn.Module) -> None:

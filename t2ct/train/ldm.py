@@ -23,7 +23,7 @@ from t2ct.train.data.order import Draw, Samples, generator
 from t2ct.train.parts.folders import export_folder
 from t2ct.train.parts.lora import lora_state, merged
 from t2ct.train.parts.tokens import token_ids
-from t2ct.train.parts.whitening import fitted, folded, multiply, whitening
+from t2ct.train.parts.whitening import fitted, folded, kept, multiply, whitening
 from t2ct.train.recipe import Batch, Recipe, Shown
 
 SCALE_LATENTS = 256  # latents that the scale factor is measured on, where there are so many
@@ -115,10 +115,10 @@ class LDMRecipe(Recipe):
         self.scale = measure_scale(source, config.latents == "sampled") if source else 1.0
         self.contexts, self.white = None if source is None else self._contexts(source), None
         if former and source and self.contexts:
-            matrix, share = fitted(torch.cat(self.contexts), torch.cat(self._contexts(source, *former)))
-            multiply(model, matrix)
-            told = f"refit: of what tells the former encoder's contexts apart, {share:.0%} is in the new one's"
-            warnings.warn(told, stacklevel=2)
+            known, new = torch.cat(self._contexts(source, *former)), torch.cat(self.contexts)
+            multiply(model, fitted(new, known))
+            told = f"{kept(new, known):.0%} of what tells the former encoder's contexts apart is in the new one's"
+            warnings.warn(f"refit: {told}", stacklevel=2)
         if config.whiten and self.contexts:
             self.white = whitening(torch.cat(self.contexts))
             if config.start:

@@ -145,8 +145,8 @@ EMBEDDED_RUNS = {
     ),
     # What is to be drawn must be read: reports first learn to answer for every finding, then volumes to meet them.
     "clip-text": CLIPTraining(
-        model=EMBEDDED, steps=280, batch=64, learning_rate=1e-3, matrix_learning_rate=0.02, warmup=30.0,
-        contrast_weight=0.0, label_weight=10.0,
+        model=EMBEDDED, steps=1200, batch=64, learning_rate=1e-3, matrix_learning_rate=0.015, warmup=30.0,
+        contrast_weight=0.0, label_weight=10.0, recombine=1.0,
     ),
     "clip": CLIPTraining(
         model=EMBEDDED, steps=700, batch=64, learning_rate=1e-3, matrix_learning_rate=0.02, warmup=30.0, workers=1,

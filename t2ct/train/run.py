@@ -172,6 +172,8 @@ def _stages(
         if stage != "ldm" and (root / folder / "final" / "config.json").exists():
             continue
         told = replace(told, seed=config.seed, precision=config.precision, skip_bad=config.skip_bad)
+        if isinstance(told, CLIPTraining) and told.recombine and not data.startswith("phantoms:"):
+            told = replace(told, recombine=0.0)  # the reader of sentences knows the words of phantoms' reports
         told = _started(told, folder, root)
         if ranks()[0] == 0 and not quiet:
             print(f"{root}: first its {folder}, {told.steps} steps", flush=True)
@@ -195,16 +197,19 @@ def _given(config: Training, stage: str) -> bool:
 
 
 def _check_labels(kind: str, preset_name: str, config: Training, data: str) -> None:
-    """ValueError where data lack the labels that a later stage learns from, hours before it would say so."""
+    """ValueError where a later stage's CLIP3D lacks labels to learn from, or volumes for a batch: hours before it would
+    say so."""
     told = [config, *(c for _, stage, c in before(kind, preset_name) if not _given(config, stage))]
-    asked = any(isinstance(c, CLIPTraining) and c.label_weight for c in told)
-    if not asked or data.startswith("phantoms:") or (Path(data) / "train" / "index.json").is_file():
+    clips = [c for c in told if isinstance(c, CLIPTraining)]
+    if not any(c.label_weight for c in clips) or (Path(data) / "train" / "index.json").is_file():
         return
     try:
-        open_data(data, "train", config.model.size, labels=True, skip_bad=config.skip_bad)
+        source = open_data(data, "train", config.model.size, labels=True, skip_bad=config.skip_bad)
     except ValueError as error:
         way = "--set clip=RUN takes a CLIP3D that is trained" if kind == "ldm" else "--set label_weight=0 does without"
         raise ValueError(f"{error}; the CLIP3D of the preset {preset_name} learns from labels: {way}") from None
+    if (batch := max(c.batch for c in clips)) > len(source):
+        raise ValueError(f"batch: wanted at most the {len(source)} volumes of the data, got {batch} for the CLIP3D")
 
 
 def _started(config: Training, folder: str, root: Path) -> Training:

@@ -34,7 +34,6 @@ def answers_of(entry: Entry) -> Tensor:
     return torch.cat((labels_of(entry), known_details(entry)))
 
 
-@cache
 def question_weights() -> Tensor:
     """(QUESTIONS,) float32, of the loss of answers: the labels, the sides twice, and the other details weigh alike,
     though a report tells few of the details and fewer of the sides."""
