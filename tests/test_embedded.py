@@ -23,7 +23,6 @@ needs_embedded = pytest.mark.skipif(
 needs_judge = pytest.mark.skipif(not (EMBEDDED / FILE).exists(), reason="the package holds no judge")
 
 
-ALL = EMBEDDED.parent / "all-findings"
 FOLLOWED = {  # prompts of what fills many voxels; the smallest findings are drawn less surely
     "Cardiomegaly": "Marked cardiomegaly.",
     "Pericardial effusion": "Large pericardial effusion.",
@@ -38,14 +37,14 @@ FOLLOWED = {  # prompts of what fills many voxels; the smallest findings are dra
 
 @needs_embedded
 def test_the_embedded_model_is_small():
-    assert sum(p.stat().st_size for p in EMBEDDED.iterdir() if p.name != FILE) <= 24e6
+    assert sum(p.stat().st_size for p in EMBEDDED.iterdir()) <= 40e6
 
 
+@needs_embedded
 @needs_judge
-@pytest.mark.skipif(not ALL.is_dir(), reason="no checkout: the wheel has the embedded model alone")
-def test_the_model_of_all_findings_draws_what_is_asked_for():
+def test_the_embedded_model_draws_what_is_asked_for():
     """The judge finds a finding likelier where the prompt names it than where other prompts name others."""
-    pipe = T2CTPipeline.from_pretrained(ALL, device="cpu")
+    pipe = T2CTPipeline.from_pretrained(device="cpu")
     made = pipe(list(FOLLOWED.values()), generator=3, num_inference_steps=12, output_type="np", progress=False)
     judge, _ = open_judge(None, None, "cpu", phantoms=True)
     says = judge(torch.from_numpy(np.stack(made)).float()[:, None]).numpy()
