@@ -104,9 +104,8 @@ def test_labels_sides_and_other_details_weigh_alike():
     assert weights.shape == (QUESTIONS,) and weights[: len(LABELS)].sum() == pytest.approx(QUESTIONS / 4)
     sided = torch.tensor([a.kind == "side" for a in ASPECTS for _ in a.values])
     details = weights[len(LABELS) :] / 6
-    assert details[sided].sum() == pytest.approx(QUESTIONS / 2) and details[~sided].sum() == pytest.approx(
-        QUESTIONS / 4
-    )
+    assert details[sided].sum() == pytest.approx(QUESTIONS / 2)
+    assert details[~sided].sum() == pytest.approx(QUESTIONS / 4)
 
 
 def test_contexts_of_another_encoder_are_fitted():

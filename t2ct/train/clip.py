@@ -34,6 +34,7 @@ from t2ct.train.show.figures import recall
 
 LONGEST_SCALE = math.log(100)
 LATER = 0.6  # of the share of recombined texts, what is whole reports at the end of a run
+FIRST, LAST = 3, 6  # sentences of a recombined text, at most: few leave nothing to count, many are like a report
 SENTENCE = 32  # tokens of a sentence about a finding, at most, to measure memory by
 
 
@@ -70,7 +71,7 @@ class Reports:
             pair = number // 2  # twins of one text, unlike it in its sides alone
             rng, progress = generator(c.seed + 2, pair), 2 * pair / (c.steps * c.batch)
             if torch.rand((), generator=rng) < c.recombine * (1 - LATER * progress):
-                text, answers = self.sentences.draw(rng, 3 + round(3 * progress), number % 2 == 1)
+                text, answers = self.sentences.draw(rng, FIRST + round((LAST - FIRST) * progress), number % 2 == 1)
                 return {"ids": token_ids(self.tokenizer, [text], c.model.clip.text.max_length)[0], "answers": answers}
         texts, rng = self.entries[draw[0]].texts, generator(self.config.seed, draw[1])
         text = texts[int(torch.randint(len(texts), (1,), generator=rng))]
@@ -140,9 +141,10 @@ class CLIPRecipe(Recipe):
 
     def _asked(self, embeddings: Sequence[Tensor], answers: Tensor, scale: Tensor) -> Tensor:
         assert self.questions is not None
-        yes, no = self.model.encode_text(self.questions.to(answers.device))[:, 0].float().chunk(2)
-        weights = self.weights.to(answers.device)
-        losses = [answer_loss(e, yes, no, answers, scale, weights) for e in embeddings]
+        # kept there: a copy from the host at every micro-batch would make a GPU wait
+        self.questions, self.weights = (t.to(answers.device) for t in (self.questions, self.weights))
+        yes, no = self.model.encode_text(self.questions)[:, 0].float().chunk(2)
+        losses = [answer_loss(e, yes, no, answers, scale, self.weights) for e in embeddings]
         return torch.stack(losses).mean()
 
     def gradients(
