@@ -6,6 +6,7 @@ any step; what stands still (weights, optimiser, average, input) is counted.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from functools import cache, partial
@@ -62,6 +63,7 @@ def fixed_bytes(config: Training, recipe: Recipe, share: int, world: int = 1) ->
 
 def peak_of(run: Callable[[], Any], device: torch.device) -> float:
     """Bytes that `run` has in use at most, beyond what was there before."""
+    gc.collect()  # else what others left in cycles is freed meanwhile, and counted as freed by `run`
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
