@@ -129,6 +129,23 @@ def test_plain_torch_keeps_the_bound():
         assert torch.equal(got, want) and measured <= rung.peak
 
 
+def test_a_block_takes_over_the_memory_of_what_it_reads():
+    """What a block with a shortcut reads, and twice its channels: neither the block's first convolution nor its
+    shortcut wants memory of its own."""
+    vae = VAE(VAEConfig()).requires_grad_(False)
+    plan = vae.plan("decode", (1, 4, 8, 8, 4), "1GB", device="cpu")
+    assert {plan.label(m) for m in plan.graph.halves} == {"decoder.blocks.3.conv", "decoder.blocks.6.conv"}
+    for p, step in enumerate(plan.passes):
+        if step.halved:
+            following, own = plan.passes[p + 1], plan.graph.costs[step.node].bytes
+            assert following.in_place == step.node and following.shortcut == plan.graph.halves[step.node][1]
+            lying = [b for b in plan.buffers if b.key[1] in ("node", "shortcut") and b.first <= p + 1 <= b.last]
+            assert sum(b.bytes for b in lying) == own
+            assert plan.table().splitlines()[p + 1].count("in two halves") == 1
+    encoder = vae.plan("encode", (1, 1, 32, 32, 16), "1GB", device="cpu").graph
+    assert not encoder.halves  # channels grow there
+
+
 def test_that_was_sixty_plans():
     if len(PLANS) < len(CASES):
         pytest.skip(f"{len(PLANS)} of {len(CASES)} cases were run in this process")

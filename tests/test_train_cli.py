@@ -106,6 +106,23 @@ def test_what_is_refused(runs, tmp_path, capsys):
         train("gan", "phantoms:4", tmp_path / "i")
 
 
+def test_set_takes_fields_of_the_configuration_alone(tmp_path, capsys):
+    """Not what else `train` takes: those have options of their own, and would be given twice, or as they are not."""
+    for word in ("cache=/x", "quiet=true", "data=phantoms:3", "device=cpu", "kind=vae"):
+        assert main(["train", "vae", *VALUES, "--out", str(tmp_path / "a"), "--set", word]) == 2
+        assert f"--set: unknown key {word.split('=')[0]!r}; the nearest is" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
+def test_runs_share_what_is_prepared(runs, tmp_path):
+    cache, seen = tmp_path / "prepared", []
+    for run in ("a", "b"):
+        assert again(runs, "vae", "--out", str(tmp_path / run), "--steps", "1", "--cache", str(cache)) == 0
+        assert not (tmp_path / run / "cache").exists()
+        seen.append({p: p.stat().st_mtime_ns for p in cache.rglob("*.npz")})
+    assert seen[0] and seen[1] == seen[0]
+
+
 def test_init_and_dry_run_write_nothing(runs, tmp_path, capsys):
     assert main(["train", "ldm", "--preset", "tiny", "--init", "--steps", "7"]) == 0
     told = capsys.readouterr().out

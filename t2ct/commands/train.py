@@ -59,6 +59,7 @@ def _add_kind(kinds: Any, kind: str, told: str, **options: Any) -> None:
         parser.add_argument("--lora", type=int, metavar="RANK", help="train low-rank adapters of --start alone")
     parser.add_argument("--start", metavar="RUN", help='weights to begin with: run, folder, file, or "embedded"')
     parser.add_argument("--device", help="cpu, cuda, cuda:1, …; default: the GPU if there is one")
+    parser.add_argument("--cache", metavar="DIR", help="for prepared volumes; runs may share it; default: RUN/cache")
     parser.add_argument("--skip-bad", action="store_true", default=None, help="leave out volumes that cannot be used")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, if it holds one")
     parser.add_argument("--dry-run", action="store_true", help="print the cost, train nothing")
@@ -69,11 +70,12 @@ def _add_kind(kinds: Any, kind: str, told: str, **options: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Train, or print what would be done."""
-    from t2ct.train.config import read_override, to_toml
+    from t2ct.train.config import KINDS, check_keys, read_override, to_toml
 
     values: dict[str, Any] = {}
     for word in args.values:
         _merge(values, read_override(word))
+    check_keys(KINDS[args.kind], values, "--set")  # before they meet arguments of other names
     for name in ("steps", "seed", "memory", "start", "skip_bad", "vae", "clip", "lora"):
         if getattr(args, name, None) is not None:
             values[name] = getattr(args, name)
@@ -88,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
 
     final = train(
         args.kind, args.data, args.out or "", preset=args.preset, config=args.config, resume=args.resume,
-        dry_run=args.dry_run, device=args.device, quiet=args.quiet, **values,
+        dry_run=args.dry_run, device=args.device, quiet=args.quiet, cache=args.cache, **values,
     )  # fmt: skip
     if not args.quiet and not args.dry_run:
         print(f"wrote {final}")

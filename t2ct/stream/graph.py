@@ -107,6 +107,20 @@ class Graph:
         return tuple(found)
 
     @cached_property
+    def halves(self) -> dict[int, tuple[int, int]]:
+        """Nodes that nothing reads but a residual block of half their channels: node -> the block's first convolution
+        and its last, whose shortcut reads the node too. In its memory both have room, plane by plane."""
+        found = {}
+        for m, consumers in enumerate(self.consumers):
+            if m == 0 or len(consumers) != 2 or self.sizes[m][1] % 2:
+                continue
+            first, last = (self.nodes[n] for n in consumers)
+            reads = first.source == m and first.norm and not first.resample and last.residual == m and last.shortcut
+            if reads and first.residual is None and 2 * first.channels == 2 * last.channels == self.nodes[m].channels:
+                found[m] = consumers
+        return found  # type: ignore[return-value]
+
+    @cached_property
     def _steps(self) -> dict[Size, int]:
         """Planes of a tile on every grid: a power of two, at least 2, from its widest node."""
         widest: dict[Size, int] = {}

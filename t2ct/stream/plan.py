@@ -60,6 +60,10 @@ class Plan(Totals):
             where = self.place[step.node] if step.store else "nowhere: its statistics alone"
             if step.in_place is not None:
                 where += f", over {self.label(step.in_place)}"
+            if step.halved:
+                where += ", in two halves"
+            if step.shortcut is not None:
+                where += f", with {self.graph.nodes[step.shortcut].shortcut.replace('.conv.conv', '')}"
             shape = (self.graph.nodes[step.node].channels, *self.graph.sizes[step.node])
             rows.append((
                 self.label(step.node), "x".join(map(str, shape)), where, str(self.graph.thickest(step.node)),

@@ -56,7 +56,8 @@ class Run:
         self.convert, self.step = convert, step
         self.stats: dict[int, tuple[Tensor, Tensor]] = {}
         self.memory: dict[int, Tensor] = {}
-        self.spools: dict[int, FileSpool | PinnedSpool] = {}
+        self.spools: dict[int, FileSpool | PinnedSpool | Halves] = {}
+        self.shortcuts: dict[int, Tensor] = {}  # computed with the pass before: what is added to a node's tiles
         self.offsets = {b.key: b.offset for b in plan.buffers}
         self.home = {0: 0}  # whose buffer a node lies in
         self.arena = torch.empty(aligned(plan.arena) or 1, dtype=torch.uint8, device=source.device)
@@ -82,7 +83,12 @@ class Run:
             spool.wait()
         kept = []
         tiles = Tiles(self, n, p, again)
-        if step.store and direct(self.graph, n, self.plan.place[n]):
+        if step.shortcut is not None:
+            x, y, z = self.graph.sizes[n]
+            shape = (x, y, z, self.graph.nodes[step.shortcut].channels)
+            self.shortcuts[step.shortcut] = self.buffer((step.shortcut, "shortcut", 0), shape)
+            tiles.shortcut = step.shortcut
+        if step.store and not step.halved and direct(self.graph, n, self.plan.place[n]):
             tiles.into = self.memory[n]
         for start, stop in self.graph.tiles(n):
             tile = next(tiles)
@@ -119,6 +125,11 @@ class Run:
         place = self.plan.place[n]
         if place == OUTPUT:
             self.memory[n] = self.result
+        elif step.halved:
+            other = self.graph.halves[n][1]
+            self.home[n] = n
+            self.spools[n] = Halves(*(self.buffer(key, (x, y // 2, *shape[1:]))
+                                      for key in ((n, "node", 0), (other, "shortcut", 0))))  # fmt: skip
         elif place == SPOOL:
             if self.source.is_cuda:
                 self.spools[n] = PinnedSpool(self.source.device, x, shape, dtype)
@@ -144,6 +155,28 @@ class Run:
         return self.arena[start : start + count].view(dtype).view(shape)
 
 
+class Halves:
+    """A node's planes in two halves, [:, :Y/2] and [:, Y/2:], read and written as a spool is. Once planes were read,
+    those of two other nodes with half the channels can take their place."""
+
+    def __init__(self, low: Tensor, high: Tensor):
+        self.parts = low, high
+
+    def write(self, start: int, tile: Tensor) -> None:
+        for part, half in zip(self.parts, tile.chunk(2, 1), strict=True):
+            part[start : start + len(tile)] = half
+
+    def read(self, start: int, into: Tensor) -> None:
+        for part, half in zip(self.parts, into.chunk(2, 1), strict=True):
+            half.copy_(part[start : start + len(into)])
+
+    def wait(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 class Tiles:
     """The tiles of node n in order, (x, Y, Z, C) each; `next` computes one. again: this pass's recomputed nodes."""
 
@@ -161,6 +194,7 @@ class Tiles:
         self.folded = smooth_conv.prepare(self.weight, self.bias) if self.graph.smooth(n) else None
         self.cells: Tensor | None = None  # of the tile before, where the doubling is folded
         self.into: Tensor | None = None  # the whole node, where tiles are written to it
+        self.shortcut: int | None = None  # the node whose shortcut reads what this one reads, and is computed along
 
     def __next__(self) -> Tensor:
         start, stop = next(self.ranges)
@@ -168,10 +202,14 @@ class Tiles:
             return self._folded(start, stop)
         read = {"": self._same, "up": self._same, "down": self._down}[self.node.resample]
         x, padding = read(start, stop)
+        if self.shortcut is not None:
+            self._shortcut(self.shortcut, start, stop)
         stride = 2 if self.node.resample == "down" else 1
         y = ops.conv3d(volume(x), self.weight, self.bias, stride, padding)
         y = planes_of(y)
-        if self.node.residual is not None:
+        if self.n in self.run.shortcuts:
+            y += self.run.shortcuts[self.n][start:stop]
+        elif self.node.residual is not None:
             at = start
             for piece in self.pieces(self.node.residual, start, stop):
                 part = y[at - start : at - start + len(piece)]
@@ -189,6 +227,14 @@ class Tiles:
         out = None if self.into is None else volume(self.into[start:stop])
         y, self.cells = smooth_conv.tile(self.folded, low, start, stop, planes, self.cells, self.window, out)
         return planes_of(y)
+
+    def _shortcut(self, n: int, start: int, stop: int) -> None:
+        """Tile [start, stop) of node n's shortcut, over the planes it is computed of."""
+        shape = (stop - start, *self.graph.sizes[n][1:], self.graph.nodes[self.node.source].channels)
+        whole = self.run.buffer((self.n, "whole", self.p), shape)
+        self.run.spools[self.node.source].read(start, whole)
+        y = ops.conv3d(volume(whole), *self._weights(self.graph.nodes[n].shortcut), 1, 0)
+        self.run.shortcuts[n][start:stop] = planes_of(y)
 
     def _weights(self, name: str) -> tuple[Tensor, Tensor]:
         return self.run.parameters[name + ".weight"], self.run.parameters[name + ".bias"]

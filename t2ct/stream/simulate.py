@@ -17,7 +17,8 @@ class Pass:
     """Every tile of `node` once. store: keep them where the node's place is; otherwise only its statistics are wanted.
 
     chain: the recomputed nodes that run along. in_place: the node whose memory this one takes over, tile by tile.
-    outside: bytes that the convolutions allocate beside the arena.
+    outside: bytes that the convolutions allocate beside the arena. halved: the node lies in two halves of its planes,
+    which `shortcut`, of the pass after it, and that pass's own node take over: see `Graph.halves`.
     """
 
     node: int
@@ -27,6 +28,8 @@ class Pass:
     outside: int
     flops: int
     spooled: int
+    halved: bool = False
+    shortcut: int | None = None  # the node whose shortcut is computed along, and kept until it is added
 
     @property
     def runs(self) -> tuple[int, ...]:
@@ -37,7 +40,8 @@ class Pass:
 @dataclass(frozen=True)
 class Buffer:
     """`bytes` of the arena that are taken from pass `first` to pass `last`. key: (node, what, pass), what being "node",
-    "window", or "source" or "residual" for reading these from the spool; pass is 0 for a node's own."""
+    "window", "source" or "residual" for reading these from the spool, "shortcut" for what is kept of it, "whole" for
+    reading a halved source; pass is 0 for a node's own."""
 
     key: tuple[int, str, int]
     bytes: int
@@ -97,14 +101,14 @@ def direct(graph: Graph, n: int, place: str) -> bool:
     return place == MEMORY and graph.smooth(n)
 
 
-def _outside(graph: Graph, runs: Sequence[int], place: str) -> int:
+def _outside(graph: Graph, runs: Sequence[int], place: str, halved: bool) -> int:
     """Bytes beside the arena: the tiles that convolutions return, of recomputed nodes all that are held; what is kept
     from tile to tile; and of the convolution that takes most its weights, channels-last and once more as the library
     wants them, and what it makes on the way."""
     *chain, n = runs
     costs = graph.costs
     held = sum(costs[r].kept + costs[r].statistics for r in runs) + sum(HELD * costs[r].tile for r in chain)
-    own = 0 if direct(graph, n, place) else costs[n].tile * (1 + bool(graph.nodes[n].shortcut))
+    own = 0 if direct(graph, n, place) and not halved else costs[n].tile * (1 + bool(graph.nodes[n].shortcut))
     meanwhile = own if graph.nodes[n].residual in chain else 0  # what is read into the window is there before the tile
 
     def making(r: int) -> int:
@@ -121,8 +125,12 @@ def simulate(graph: Graph, place: Sequence[str], nodes: range) -> Simulation:
     """
     steps = [(n, place[n] != AGAIN) for n in nodes if place[n] != AGAIN or graph.normed[n]]
     chains = [chain_of(graph, place, n) for n, _ in steps]
-    reads = [{m for r in (n, *chain) for m in graph.nodes[r].inputs if place[m] != AGAIN}
-             for (n, _), chain in zip(steps, chains, strict=True)]  # fmt: skip
+    halves = {m: pair for m, pair in graph.halves.items() if place[m] == place[pair[0]] == MEMORY}
+
+    def stored(r: int) -> list[int]:  # what node r reads of what is stored: ~r is its shortcut
+        return [~r if m in halves and halves[m][1] == r else m for m in graph.nodes[r].inputs if place[m] != AGAIN]
+
+    reads = [{m for r in (n, *chain) for m in stored(r)} for (n, _), chain in zip(steps, chains, strict=True)]
     last = {m: p for p, read in enumerate(reads) for m in read}
     spooled = tuple(where == SPOOL for where in place)
 
@@ -130,15 +138,16 @@ def simulate(graph: Graph, place: Sequence[str], nodes: range) -> Simulation:
     held: dict[int, Buffer] = {
         m: Buffer((m, "node", 0), graph.costs[m].bytes, 0, last[m])
         for m in last
-        if m not in nodes and place[m] == MEMORY
+        if 0 <= m < nodes.start and place[m] == MEMORY
     }
     done: list[Buffer] = []
-    files = {m: graph.costs[m].bytes for m in last if m not in nodes and place[m] == SPOOL}
+    files = {m: graph.costs[m].bytes for m in last if 0 <= m < nodes.start and place[m] == SPOOL}
     most = sum(files.values())
     for p, ((n, store), chain) in enumerate(zip(steps, chains, strict=True)):
         runs = (*chain, n)
         moved = sum(graph.costs[m].bytes for r in runs for m in graph.nodes[r].inputs if spooled[m])
-        in_place = None
+        in_place, halved = None, store and n in halves
+        shortcut = next((other for first, other in halves.values() if first == n and store), None)
         if store and place[n] == SPOOL:
             moved += graph.costs[n].bytes
             files[n] = graph.costs[n].bytes
@@ -146,7 +155,12 @@ def simulate(graph: Graph, place: Sequence[str], nodes: range) -> Simulation:
         elif store and place[n] == MEMORY:
             in_place = _in_place(graph, n, p, last, held, chain)
             until = last.get(n, len(steps) - 1)  # unread in this range: the next one wants it
-            if in_place is None:
+            if halved:
+                last_of = ~halves[n][1]
+                half = graph.costs[n].bytes // 2
+                held[n] = Buffer((n, "node", 0), half, p, until)
+                held[last_of] = Buffer((~last_of, "shortcut", 0), half, p, last[last_of])
+            elif in_place is None:
                 held[n] = Buffer((n, "node", 0), graph.costs[n].bytes, p, until)
             else:
                 held[n] = replace(held.pop(in_place), last=until)
@@ -154,12 +168,14 @@ def simulate(graph: Graph, place: Sequence[str], nodes: range) -> Simulation:
             for kind, size in _scratch(graph, r, spooled):
                 if size:
                     done.append(Buffer((r, kind, p), size, p, p))
+        if shortcut is not None:
+            done.append(Buffer((n, "whole", p), graph.costs[shortcut].read_residual, p, p))
         for m in [m for m, b in held.items() if b.last == p]:
             done.append(held.pop(m))
         files = {m: size for m, size in files.items() if last.get(m, len(steps)) > p}
         passes.append(Pass(
             n, store, chain, in_place,
-            _outside(graph, runs, place[n]), sum(graph.costs[r].flops for r in runs), moved,
+            _outside(graph, runs, place[n], halved), sum(graph.costs[r].flops for r in runs), moved, halved, shortcut,
         ))  # fmt: skip
     return Simulation(tuple(passes), (*done, *held.values()), most)
 

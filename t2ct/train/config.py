@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -186,14 +186,21 @@ KINDS: dict[str, type[Training]] = {
 }  # fmt: skip
 
 
-def updated(config: C, values: Mapping[str, Any], where: str = "config") -> C:
-    """`config` with `values`, nested as in TOML. ValueError names an unknown key's nearest, or what a value must be."""
-    hints, known = get_type_hints(type(config)), {f.name for f in fields(config)}  # type: ignore[arg-type]
-    changes: dict[str, Any] = {}
-    for name, value in values.items():
+def check_keys(config: type, names: Iterable[str], where: str) -> None:
+    """ValueError where one is no field of the dataclass `config`, with the nearest that is."""
+    known = {f.name for f in fields(config)}
+    for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, sorted(known), 1, cutoff=0.0)[0]
             raise ValueError(f"{where}: unknown key {name!r}; the nearest is {near!r}")
+
+
+def updated(config: C, values: Mapping[str, Any], where: str = "config") -> C:
+    """`config` with `values`, nested as in TOML. ValueError names an unknown key's nearest, or what a value must be."""
+    hints = get_type_hints(type(config))
+    check_keys(type(config), values, where)
+    changes: dict[str, Any] = {}
+    for name, value in values.items():
         old, place = getattr(config, name), f"{where}.{name}"
         if is_dataclass(old):
             if not isinstance(value, Mapping):

@@ -66,7 +66,7 @@ def train(
     dry_run: bool = False,
     device: str | torch.device | None = None,
     quiet: bool = False,
-    cache: Path | None = None,
+    cache: str | Path | None = None,
     **values: Any,
 ) -> Path:
     """Train a network and return the folder with its final weights, `out`/final.
@@ -79,6 +79,7 @@ def train(
     preset   "published", "recommended", "embedded" or "tiny"; config: a TOML file on top of it; then **values, the
              fields of `t2ct.train.config` (steps, seed, learning_rate, model={"vae": {…}}, …)
     dry_run  print what it would cost, write nothing
+    cache    folder for prepared volumes, which runs on the same data may share; default: `out`/cache
     Raises ValueError, TypeError, FileNotFoundError for what is wrong with the arguments or the data, OSError for a full
     disk, RuntimeError for gradients that are not finite; `t2ct.train.loop.Preempted` after SIGTERM or SIGUSR1.
     """
@@ -103,13 +104,14 @@ def train(
         root = Path(out)
         if not str(out):
             raise ValueError("out: wanted a folder for the run, got nothing")
-        check_output_folder(root)
+        for folder in (root, Path(cache or root)):
+            check_output_folder(folder)
         _check_labels(kind, preset, made, spec)
         _refuse_other(root, kind, preset, spec, resume)
-        cache = cache or root / "cache"
-        _stages(kind, preset, made, spec, root, where, quiet, cache)
+        prepared = Path(cache) if cache else root / "cache"
+        _stages(kind, preset, made, spec, root, where, quiet, prepared)
         made = _resolved(kind, made, root, preset)
-        return _train(kind, made, preset, spec, root, where, quiet, cache)
+        return _train(kind, made, preset, spec, root, where, quiet, prepared)
     finally:
         torch.set_num_threads(threads)
 
