@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from t2ct.ops import (
     use_backend,
 )
 from t2ct.ops.attention import TABLES as ATTENTION
-from t2ct.ops.dispatch import BACKENDS, choose, native, why_not
+from t2ct.ops.dispatch import BACKENDS, choose, large_pages, native, why_not
 
 DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -321,3 +322,24 @@ for attempt in ("cpu", "fast"):
     assert "torch.Size([1, 4, 3, 3, 3])" in free
     assert "some_op: backend 'cpu' cannot run: t2ct._C was not built" in free
     assert f"backend must be one of {BACKENDS}, got 'fast'" in free
+
+
+@pytest.mark.skipif(sys.platform != "linux" or native() is None, reason="looks into /proc; takes the compiled module")
+def test_large_results_lie_on_large_pages():
+    def flags(x):
+        """What the system notes of the memory where the middle of x lies."""
+        middle, inside = x.data_ptr() + x.nbytes // 2, False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+                inside = int(found[1], 16) <= middle < int(found[2], 16)
+            elif inside and line.startswith("VmFlags:"):
+                return line.split()[1:]
+        raise AssertionError("the tensor lies nowhere")
+
+    x = torch.randn(1, 64, 40, 64, 64).to(memory_format=torch.channels_last_3d)  # beyond what malloc keeps: 42 MB
+    weight, bias = torch.ones(64), torch.zeros(64)
+    with use_backend("cpu"):
+        assert "hg" in flags(group_norm_silu(x, weight, bias, 32))
+    assert "hg" not in flags(torch.empty_like(x))
+    small = torch.empty(3)
+    assert large_pages(small) is small

@@ -9,7 +9,7 @@ from t2ct.kernels import block_plan
 from t2ct.kernels.chips import chip_of
 from t2ct.ops import conv, conv_gradient, norm
 from t2ct.ops.conv_autograd import bias_gradient, channel_bias_gradient
-from t2ct.ops.dispatch import channels_last, choose, kernel, watched
+from t2ct.ops.dispatch import channels_last, choose, kernel, large_pages, watched
 
 Stats = tuple[Tensor, Tensor]  # mean and rstd of every group, (N, groups), float32 or wider
 
@@ -99,7 +99,7 @@ def _forward(
         if mean is None:
             mean, m2, count = norm.group_stats(x, groups)
             rstd = (m2 / count + eps).rsqrt()
-        out = x if overwrite else torch.empty_like(x)
+        out = x if overwrite else large_pages(torch.empty_like(x))
         a = choose("group_apply", norm.APPLY, x)[1](x, mean, rstd, gn_weight, gn_bias, groups, True, out)
     if learns and conv_gradient.few(a, weight):
         y = conv_gradient.forward_few(a, weight, bias)
@@ -150,7 +150,8 @@ class _NormConv(torch.autograd.Function):
                 dz, x, gn_weight, gn_bias, *statistics, sums, ctx.groups
             )  # fmt: skip
         if of_norm or wanted[3]:
-            a = choose("group_apply", norm.APPLY, x)[1](x, *affine, ctx.groups, True, torch.empty_like(x))
+            out = large_pages(torch.empty_like(x))
+            a = choose("group_apply", norm.APPLY, x)[1](x, *affine, ctx.groups, True, out)
             da, dw = _conv_gradient(dy, a, w, (of_norm, wanted[3]))
             if da is not None:
                 dx, dgw, dgb = choose("group_norm_backward", norm.BACKWARD, x)[1](

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from t2ct.ops import norm_cpu
-from t2ct.ops.dispatch import is_channels_last, native, why_not
+from t2ct.ops.dispatch import is_channels_last, large_pages, native, why_not
 
 # csrc reads a convolution's weights once where oneDNN, which reorders them, moves them three times; that pays where
 # there are many weights and few voxels (benchmarks/bench_conv.py).
@@ -45,6 +45,7 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     n, c, *size = x.shape
     weight = weight.contiguous()
     y = torch.empty(n, len(weight), *size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
+    y = large_pages(y)
     shift = None if bias is None else bias.detach().float().contiguous()
     shape = (n, *size, c, len(weight), x.dtype == torch.bfloat16)
     native().conv3d(shape, x.data_ptr(), weight.data_ptr(), 0 if shift is None else shift.data_ptr(), y.data_ptr(),
@@ -67,7 +68,7 @@ def narrow(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, i
     n, c, *size = x.shape
     taps = weight.detach().permute(0, 2, 3, 4, 1).float().contiguous()
     made = [m + 2 * p - 2 for m, p in zip(size, padding, strict=True)]
-    y = torch.empty(n, len(weight), *made, dtype=x.dtype, memory_format=torch.channels_last_3d)
+    y = large_pages(torch.empty(n, len(weight), *made, dtype=x.dtype, memory_format=torch.channels_last_3d))
     shift = None if bias is None else bias.detach().float().contiguous()
     shape = (n, *size, c, len(weight), x.dtype == torch.bfloat16)
     native().conv3d_narrow(shape, padding, x.data_ptr(), taps.data_ptr(), 0 if shift is None else shift.data_ptr(),

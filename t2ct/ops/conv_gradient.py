@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from t2ct.ops.conv_cpu import MANY_WEIGHTS, TORCH_SMALL
-from t2ct.ops.dispatch import EMULATED, channels_last, forced
+from t2ct.ops.dispatch import EMULATED, channels_last, forced, large_pages
 
 FEW = 64  # voxels
 NARROW = 2
@@ -91,7 +91,7 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]) -
     dpair, dw = _torch(channels_last(torch.cat(dy.split(h, 2))), pair, weight, 0, wanted)
     if dpair is None:
         return None, dw
-    dx = torch.empty_like(x, memory_format=torch.channels_last_3d)
+    dx = large_pages(torch.empty_like(x, memory_format=torch.channels_last_3d))
     dx[:, :, :h], dx[:, :, h:] = dpair[0, :, 1 : h + 1], dpair[1, :, 1 : h + 1]
     dx[:, :, h] += dpair[0, :, h + 1]
     dx[:, :, h - 1] += dpair[1, :, 0]

@@ -1,5 +1,7 @@
 """Which kernel runs. An op's table lists its backends in order of preference; the first that can run wins."""
 
+import ctypes
+import mmap
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -236,3 +238,30 @@ def use_backend(name: str | None) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+LARGE = 2**22  # bytes of a tensor that holds a whole page of 2 MB wherever it begins
+
+
+@cache
+def _advise() -> Callable[..., Any] | None:
+    """The system's madvise, where it knows large pages."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return None
+    found = ctypes.CDLL(None).madvise
+    found.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    return found
+
+
+def large_pages(x: Tensor) -> Tensor:
+    """x, to which nothing was written yet, on pages of 2 MB where the system has them for who asks.
+
+    A new tensor's pages are made when they are first written. Of 4 kB each that takes several times what an op takes to
+    write them, and torch asks for no others unless THP_MEM_ALLOC_ENABLE=1 was set before it was imported.
+    """
+    real = type(x) is Tensor and x.device.type == "cpu" and not _shapes  # a fake one lies nowhere
+    if real and x.nbytes >= LARGE and (advise := _advise()) is not None:
+        page, start = mmap.PAGESIZE, x.data_ptr()
+        first = -(-start // page) * page
+        advise(first, (start + x.nbytes - first) // page * page, mmap.MADV_HUGEPAGE)  # no more than a wish
+    return x

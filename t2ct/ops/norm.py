@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from t2ct.ops import norm_cpu
-from t2ct.ops.dispatch import choose, is_channels_last, kernel, watched
+from t2ct.ops.dispatch import choose, is_channels_last, kernel, large_pages, watched
 
 
 def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -206,7 +206,7 @@ def group_apply(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Ten
                              f"got {tuple(p.shape)} on {p.device}")
     if out is None:
         x = _dense(x.detach())
-        out = torch.empty_like(x)
+        out = large_pages(torch.empty_like(x))
     elif (out.shape, out.dtype, out.device, out.stride()) != (x.shape, x.dtype, x.device, x.stride()):
         raise ValueError(f"group_apply: out must be like x, {x.dtype} {tuple(x.shape)} with strides {x.stride()}, "
                          f"got {out.dtype} {tuple(out.shape)} with strides {out.stride()}")

@@ -6,7 +6,7 @@ Callers have checked shapes; `why_not("cpu", ...)` has checked device, dtype and
 import torch
 from torch import Tensor
 
-from t2ct.ops.dispatch import native
+from t2ct.ops.dispatch import large_pages, native
 
 ISA = 0  # index into native().isas(): 0 is the best one that this machine has; the tests walk through the others
 
@@ -31,7 +31,7 @@ def _float(tensor: Tensor) -> Tensor:
 
 def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float,
                silu: bool) -> tuple[Tensor, Tensor, Tensor]:
-    weight, bias, y = _float(weight), _float(bias), torch.empty_like(x)
+    weight, bias, y = _float(weight), _float(bias), large_pages(torch.empty_like(x))
     mean = torch.empty(x.shape[0], groups, device=x.device)
     rstd = torch.empty_like(mean)
     native().group_norm(_shape(x, groups), x.data_ptr(), y.data_ptr(), weight.data_ptr(), bias.data_ptr(), eps, silu,
@@ -42,7 +42,7 @@ def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float,
 def group_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, groups: int,
                         silu: bool) -> tuple[Tensor, Tensor, Tensor]:
     dy, w, b, mean, rstd = _like(dy, x), _float(weight), _float(bias), _float(mean), _float(rstd)
-    dx, dw, db = torch.empty_like(x), torch.empty_like(w), torch.empty_like(b)
+    dx, dw, db = large_pages(torch.empty_like(x)), torch.empty_like(w), torch.empty_like(b)
     native().group_norm_backward(
         _shape(x, groups), dy.data_ptr(), x.data_ptr(), dx.data_ptr(), mean.data_ptr(), rstd.data_ptr(), w.data_ptr(),
         b.data_ptr(), silu, dw.data_ptr(), db.data_ptr(), torch.get_num_threads(), ISA)

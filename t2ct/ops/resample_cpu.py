@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from t2ct.ops import norm_cpu
-from t2ct.ops.dispatch import channels_last, native, watched
+from t2ct.ops.dispatch import channels_last, large_pages, native, watched
 
 LAST = torch.channels_last_3d
 
@@ -21,7 +21,7 @@ def _shape(x: Tensor) -> tuple[int, int, int, int, int, bool]:
 
 
 def _empty(like: Tensor, *size: int) -> Tensor:
-    return torch.empty((*like.shape[:2], *size), dtype=like.dtype, device=like.device, memory_format=LAST)
+    return large_pages(torch.empty((*like.shape[:2], *size), dtype=like.dtype, device=like.device, memory_format=LAST))
 
 
 def double(x: Tensor, planes: tuple[int, int], out: Tensor | None = None) -> Tensor:

@@ -23,7 +23,7 @@ from t2ct.kernels.fold import NEAREST, fold
 from t2ct.ops import norm_cpu
 from t2ct.ops.conv import convolve
 from t2ct.ops.conv_cpu import LANES
-from t2ct.ops.dispatch import is_channels_last, native, why_not
+from t2ct.ops.dispatch import is_channels_last, large_pages, native, why_not
 from t2ct.ops.resample import upsample
 
 CELLS = NEAREST[::-1]  # cell i holds voxels 2i - 1 and 2i of the doubled volume; voxels i - 1 and i of x reach both
@@ -154,7 +154,8 @@ def tile(
         window = low.new_empty(window_shape(stop - start, size, c, o))  # type: ignore[arg-type]
     y = out
     if y is None:
-        y = torch.empty(1, o, stop - start, *(2 * n for n in size[1:]), dtype=low.dtype, memory_format=LAST)
+        shape = 1, o, stop - start, *(2 * n for n in size[1:])
+        y = large_pages(torch.empty(shape, dtype=low.dtype, memory_format=LAST))
     step = part(stop - start, size, c, o)  # type: ignore[arg-type]
     first = sources(start, stop, planes)[0]
     for a in range(start, stop, step):

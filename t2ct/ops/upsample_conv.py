@@ -12,7 +12,7 @@ from torch import Tensor
 from t2ct.kernels.fold import NEAREST, fold
 from t2ct.ops import conv_autograd, smooth_conv
 from t2ct.ops.conv import autocast, by_triton, check, conv3d, convolve, inference, perhaps_triton
-from t2ct.ops.dispatch import Table, choose, forced, is_channels_last
+from t2ct.ops.dispatch import Table, choose, forced, is_channels_last, large_pages
 from t2ct.ops.resample import upsample
 
 # Folding makes 64 weights of 27, each time anew: not worth it for few voxels.
@@ -30,7 +30,8 @@ def _folded(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     w = fold(weight, NEAREST).view(8 * o, 2, 2, 2, -1).permute(0, 4, 1, 2, 3)
     phases = convolve(x, w, None if bias is None else bias.repeat(8), 1, 1)
     like = torch.channels_last_3d if is_channels_last(x) else torch.contiguous_format
-    y = torch.empty(len(x), o, *(2 * n for n in x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=like)
+    size = [2 * n for n in x.shape[2:]]
+    y = large_pages(torch.empty(len(x), o, *size, dtype=x.dtype, device=x.device, memory_format=like))
     for p in range(8):
         a, b, c = p >> 2, p >> 1 & 1, p & 1
         part = (slice(k, k + n) for k, n in zip((a, b, c), x.shape[2:], strict=True))

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from t2ct.ops.dispatch import EMULATED, channels_last, forced, why_not
+from t2ct.ops.dispatch import EMULATED, channels_last, forced, large_pages, why_not
 from t2ct.stream.budget import free_memory, parse_bytes
 from t2ct.stream.gradient import differentiable, plan_backward
 from t2ct.stream.graph import Graph, Node
@@ -77,7 +77,7 @@ def execute(
 
     def forward(parameters: Mapping[str, Tensor], x: Tensor) -> tuple[Tensor, list]:
         *size, channels = *plan.graph.sizes[-1], nodes[-1].channels
-        result = torch.empty(len(x), *size, channels, dtype=output_dtype or x.dtype, device=x.device)
+        result = large_pages(torch.empty(len(x), *size, channels, dtype=output_dtype or x.dtype, device=x.device))
         stats = []
         for sample, out in zip(x.split(1), result, strict=True):
             run = Run(plan, parameters, planes_of(sample), out, spool_dir, convert, step)

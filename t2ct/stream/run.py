@@ -14,7 +14,7 @@ from torch import Tensor
 
 from t2ct import ops
 from t2ct.ops import smooth_conv
-from t2ct.ops.dispatch import channels_last
+from t2ct.ops.dispatch import channels_last, large_pages
 from t2ct.stream.budget import give_back
 from t2ct.stream.plan import Plan
 from t2ct.stream.simulate import HELD, OUTPUT, SPOOL, Pass, aligned, direct
@@ -60,7 +60,7 @@ class Run:
         self.shortcuts: dict[int, Tensor] = {}  # computed with the pass before: what is added to a node's tiles
         self.offsets = {b.key: b.offset for b in plan.buffers}
         self.home = {0: 0}  # whose buffer a node lies in
-        self.arena = torch.empty(aligned(plan.arena) or 1, dtype=torch.uint8, device=source.device)
+        self.arena = large_pages(torch.empty(aligned(plan.arena) or 1, dtype=torch.uint8, device=source.device))
 
     def __call__(self) -> None:
         last = {m: p for p, step in enumerate(self.plan.passes) for r in step.runs for m in self.graph.nodes[r].inputs}
