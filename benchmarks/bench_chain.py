@@ -64,14 +64,15 @@ def tensors(c, size, dtype):
 
 
 def peers(dtype):
-    """name -> (function, memory format it likes)"""
-    found = {"torch": (eager, torch.contiguous_format), "torch channels-last": (eager, LAST), "t2ct": (ours, LAST)}
+    """name -> (function, memory format it likes, backend that is forced while it and its gradient run)"""
+    found = {"torch": (eager, torch.contiguous_format, None), "torch channels-last": (eager, LAST, None),
+             "t2ct": (ours, LAST, None)}  # fmt: skip
     if CUDA:
         compiled = torch.compile(eager, mode="max-autotune-no-cudagraphs")
-        found["torch.compile"] = (compiled, LAST)
+        found["torch.compile"] = (compiled, LAST, None)
         if why_not("triton", DEVICE, dtype) is None:
             for way in ("apply", "prologue"):
-                found[f"t2ct triton, {way}"] = (forced("triton", planned(way, ours)), LAST)
+                found[f"t2ct triton, {way}"] = (planned(way, ours), LAST, "triton")
     return found
 
 
@@ -90,11 +91,11 @@ def error(y, exact):
     return ((y.double() - exact.double()).norm() / exact.double().norm()).item()
 
 
-def prove(fn, layout, c, dtype):
+def prove(fn, layout, backend, c, dtype):
     case = tensors(c, (9, 7, 10), dtype)
     dy = torch.randn_like(case[0])
     exact = gradients(eager, [t.double().contiguous() for t in case], dy.double())
-    for mine, truth in zip(gradients(fn, laid(case, layout), dy), exact, strict=True):
+    for mine, truth in zip(forced(backend, gradients)(fn, laid(case, layout), dy), exact, strict=True):
         assert error(mine, truth) <= TOLERANCE[dtype], "wrong before fast"
 
 
@@ -109,12 +110,13 @@ def test_chain(c, size, dtype, gradient, race, benchmark):
     if gradient and case[0].numel() > 2**29:
         pytest.skip("activations of this size with their gradients do not fit every peer")
     todo, first, dy = {}, None, torch.randn_like(case[0]) if gradient else None
-    for peer, (fn, layout) in peers(dtype).items():
-        prove(fn, layout, c, dtype)
+    for peer, (fn, layout, backend) in peers(dtype).items():
+        prove(fn, layout, backend, c, dtype)
         arguments = laid(case, layout)
         if gradient:
-            todo[peer] = lambda fn=fn, a=arguments: gradients(fn, a, dy)
+            todo[peer] = lambda b=backend, fn=fn, a=arguments: forced(b, gradients)(fn, a, dy)
             continue
+        fn = forced(backend, fn)
         todo[peer] = lambda fn=fn, a=arguments: fn(*a)
         with torch.no_grad():
             y = fn(*arguments)[..., :16, :16, :16].float()

@@ -18,9 +18,10 @@ WIDTHS = ((32, 16, 64), (64, 64, 64), (128, 128, 32), (1 << 30, 256, 16))  # col
 
 
 def candidates(width: int):
-    for bm, bk, warps, stages in itertools.product((64, 128, 256), (32, 64), (4, 8), (2, 3, 4)):
-        for bn in {min(width, n) for n in (16, 64, 128, 256)}:
-            if bm * bn <= 128 * 256 and bm * bn >= 1024 * warps and bk <= width:
+    columns, deep = ({min(width, n) for n in sizes} for sizes in ((16, 64, 128, 256), (32, 64)))
+    for bm, bk, warps, stages in itertools.product((64, 128, 256), sorted(deep), (4, 8), (2, 3, 4)):
+        for bn in sorted(columns):
+            if bm * bn <= 128 * 256 and bm * bn >= min(1024 * warps, 64 * width):
                 yield plan.Launch(bm, bn, bk, warps, stages, tma=plan.architecture(torch.device("cuda", 0)) >= 90)
 
 

@@ -301,6 +301,7 @@ def attention(
     options override `config`: BM, BN, LAZY, EXP_SPLIT, TILES, num_warps, num_stages.
     """
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    table, q_scale, k_scale = (None if t is None else t.contiguous() for t in (table, q_scale, k_scale))
     (b, h, n, _), m = q.shape, k.shape[2]
     fixed = constants(q, bias, table, q_scale, causal)
     out, lse = rows_first(q), torch.empty(b, h, n, dtype=torch.float32, device=q.device)
@@ -312,7 +313,7 @@ def attention(
     at |= options
     programs = triton.cdiv(n, at["BM"] * at.get("TILES", 1)) * b * h
     (cross_kernel if one_block else forward_kernel)[(programs,)](
-        q, k, v, q if bias is None else bias, q if table is None else table.contiguous(),
+        q, k, v, q if bias is None else bias, q if table is None else table,
         q if q_scale is None else q_scale, q if k_scale is None else k_scale, out, lse,
         *strides(q, k, v), *bias_strides(bias, q, k), *strides(out), h, n, m, width, scale, **fixed, **at,
     )  # fmt: skip

@@ -271,7 +271,7 @@ def attention_backward(
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of (q, k, v, bias, table, q_scale, k_scale), None where `needs` is False. do (B, H, N, D)."""
     do, q, k, v = (unit_stride(t) for t in (do, q, k, v))
-    table = None if table is None else table.contiguous()
+    table, q_scale, k_scale = (None if t is None else t.contiguous() for t in (table, q_scale, k_scale))
     (b, h, n, d), m = q.shape, k.shape[2]
     fixed = constants(q, bias, table, q_scale, causal)
     arch, size = architecture(q.device), q.element_size()
@@ -297,12 +297,14 @@ def attention_backward(
         programs = triton.cdiv(m, at["BN"]) * b * h
         splits = max(1, min(triton.cdiv(FILL, programs), n // SPLIT_ROWS))
         chunk = triton.cdiv(triton.cdiv(n, splits), at["BM"]) * at["BM"]
-        shape = (splits, b, h, m, d)
-        dk, dv = (torch.empty(shape, device=q.device) if splits > 1 else rows_first(k)[None] for _ in "kv")
+        shape = (splits, b, m, h, d)  # as `rows_first` lays them
+        parts = [torch.empty(shape, device=q.device) for _ in "kv"] if splits > 1 else []
+        dk, dv = [t.transpose(2, 3) for t in parts] or [rows_first(k)[None] for _ in "kv"]
         partial = _single(k_scale, programs * splits, d, lse)
         dkdv_kernel[(programs, splits)](
             *tensors, dk, dv, partial, *steps, *dk.stride()[:4], h, n, m, width, scale, chunk, **fixed, **at)
-        made[1], made[2] = ((t.sum(0) if splits > 1 else t[0]).to(k.dtype) for t in (dk, dv))
+        whole = [t.sum(0).transpose(1, 2) for t in parts] or [t[0] for t in (dk, dv)]
+        made[1], made[2] = (t.to(k.dtype) for t in whole)
         made[6] = None if k_scale is None else partial.sum(0).to(k_scale.dtype)
     at = config(arch, fixed["BD"], "bias", size)
     if bias is not None and needs[3]:

@@ -170,7 +170,9 @@ def _descriptors(x: Tensor, weight: Tensor, at: Launch, dims: tuple[int, int, in
     if not at.tma or c * x.element_size() % 16 or x.data_ptr() % 16 or weight.data_ptr() % 16:
         return None
     phases, o, taps, _ = weight.shape
-    volume = TensorDescriptor.from_tensor(x.permute(0, 2, 3, 4, 1), [1, *dims, at.bk])
+    n, _, d, h, w = x.shape
+    steps = [d * h * w * c, h * w * c, w * c, c, 1]  # an axis of one voxel may have any stride, which TMA would refuse
+    volume = TensorDescriptor(x, [n, d, h, w, c], steps, [1, *dims, at.bk])
     return volume, TensorDescriptor.from_tensor(weight.view(phases * o, taps * c), [at.bn, at.bk])
 
 

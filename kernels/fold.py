@@ -3,6 +3,8 @@
 Each form is separable: per axis a matrix (phases, taps, 3) says how the three weights add up to a phase's taps.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -21,10 +23,24 @@ def stride_gradient(padding: int) -> tuple:
     return (ODD, EVEN) if padding % 2 else (EVEN, ODD)
 
 
+@lru_cache(maxsize=32)
+def _kept(matrix: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # a gradient may want it later
+        return torch.tensor(matrix, dtype=dtype, device=device)
+
+
+def _matrix(matrix: tuple, dtype: torch.dtype, like: Tensor) -> Tensor:
+    """`matrix` on like's device. On a GPU it stays there: a copy from the host at every call would wait for it, and no
+    CUDA graph could hold it."""
+    real = type(like) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    return _kept(matrix, dtype, like.device) if real and like.is_cuda else torch.tensor(
+        matrix, dtype=dtype, device=like.device)  # fmt: skip
+
+
 def fold(weight: Tensor, matrix: tuple) -> Tensor:
     """(O, C, 3, 3, 3) -> (phases^3, O, taps^3, C) in weight's dtype, added up in float32 or wider."""
     wide = torch.promote_types(weight.dtype, torch.float32)
-    m = torch.tensor(matrix, dtype=wide, device=weight.device)
+    m = _matrix(matrix, wide, weight)
     w = weight.to(wide).permute(2, 3, 4, 0, 1)
     for _ in range(3):  # the first axis becomes two at the end: after three turns (o, c, phase, tap, phase, tap, ...)
         w = torch.tensordot(w, m, ([0], [2]))
@@ -35,7 +51,7 @@ def fold(weight: Tensor, matrix: tuple) -> Tensor:
 
 def unfold(gradient: Tensor, matrix: tuple) -> Tensor:
     """The adjoint of `fold`: (phases^3, O, taps^3, C) -> (O, C, 3, 3, 3)."""
-    m = torch.tensor(matrix, dtype=gradient.dtype, device=gradient.device)
+    m = _matrix(matrix, gradient.dtype, gradient)
     (p, t), (_, o, _, c) = m.shape[:2], gradient.shape
     g = gradient.view(p, p, p, o, t, t, t, c).permute(0, 4, 1, 5, 2, 6, 3, 7)
     for _ in range(3):

@@ -8,6 +8,7 @@ import os
 import pytest
 import torch
 
+torch.backends.cudnn.allow_tf32 = False  # the reference in float32 is what others are held to
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # more threads than cores wait for one another
@@ -18,7 +19,11 @@ from t2ct.ops import norm_cpu, use_backend  # noqa: E402  after the switch
 from t2ct.ops.dispatch import native, why_not  # noqa: E402
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m gpu` takes its pick
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if getattr(item.module, "DEVICE", "cpu") == "cuda":  # files that test on the GPU where there is one
+            item.add_marker(pytest.mark.gpu)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

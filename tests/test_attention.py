@@ -175,6 +175,8 @@ def test_split_queries(case, monkeypatch):
     """Few keys share the queries out among programs: the gradients of keys, values and scales are merged in order."""
     triton_or_skip()
     from t2ct.kernels import attention_backward
+    from t2ct.kernels.attention import attention as attend
+    from t2ct.kernels.attention import rows_first
 
     tensors, causal = make(case, torch.float32)
     do = torch.randn_like(tensors["q"])
@@ -192,6 +194,22 @@ def test_split_queries(case, monkeypatch):
         parts = run(tensors, causal, attention, do)
     assert [splits > 1 for _, splits in grids] == [True]
     assert all(error(part, truth) <= 2e-6 for part, truth in zip(parts, exact, strict=True))
+    # strides as a compiler was promised them
+    q, k, v = (tensors[name] for name in "qkv")
+    out, lse = attend(q, k, v, None, None, None, None, 0.1, causal, 0)
+    needs = [True] * 3 + [False] * 4
+    made = attention_backward.attention_backward(do, q, k, v, *[None] * 4, out, lse, 0.1, causal, 0, needs)
+    assert [t.stride() for t in made[:3]] == [rows_first(t).stride() for t in (q, k, v)]
+
+
+def test_scales_in_any_strides():
+    triton_or_skip()
+    tensors, causal = make("cosine", torch.float32)
+    strided = tensors | {k: torch.stack([tensors[k], -tensors[k]], 1)[:, 0] for k in ("q_scale", "k_scale")}
+    do = torch.randn_like(tensors["q"])
+    with use_backend("triton"):
+        want, got = (run(given, causal, attention, do) for given in (tensors, strided))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_products_overlap_on_sm_90():

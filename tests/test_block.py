@@ -203,16 +203,16 @@ def test_compiled_whole():
 
 
 def test_hooked_and_replaced_modules_are_called():
-    norm, conv = GroupNormSiLU(2, 4), Conv(4, 4)
+    norm, conv, shift = GroupNormSiLU(2, 4).to(DEVICE), Conv(4, 4).to(DEVICE), torch.ones(2, 4, device=DEVICE)
     x = make(torch.float32, 4)[0]
-    plain, _ = norm_silu_conv(norm, conv, x, residual=x, channel_bias=torch.ones(2, 4))
+    plain, _ = norm_silu_conv(norm, conv, x, residual=x, channel_bias=shift)
     for module in (norm, conv, conv.conv):
         seen = []
         handle = module.register_forward_hook(lambda *_, seen=seen: seen.append(1))
-        hooked, _ = norm_silu_conv(norm, conv, x, residual=x, channel_bias=torch.ones(2, 4))
+        hooked, _ = norm_silu_conv(norm, conv, x, residual=x, channel_bias=shift)
         handle.remove()
         assert seen == [1] and error(hooked, plain.double()) <= 1e-6
-    doubled = nn.Conv3d(4, 4, 1)  # what a quantiser or an adapter may put in a convolution's place
+    doubled = nn.Conv3d(4, 4, 1).to(DEVICE)  # what a quantiser or an adapter may put in a convolution's place
     conv.forward = lambda x: doubled(x)
     conv.conv = doubled
     assert torch.equal(norm_silu_conv(norm, conv, x)[0], doubled(norm(x)))

@@ -1,6 +1,8 @@
 """The Triton convolutions, on a GPU or in the interpreter: every form, its gradients, tiling and fusion."""
 
+import importlib
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -261,3 +263,32 @@ def test_descriptors_want_rows_of_sixteen_bytes():
     at = replace(plan.launch(90, torch.float16, 4, 16), tma=True)
     x, w, _ = make((1, 4, 2, 2, 2), 16, 3, torch.float16)
     assert conv._descriptors(x, fold.taps_last(w), at, (4, 4, 8)) is None
+
+
+def test_descriptors_of_axes_of_one_voxel():
+    """Such an axis may have any stride, and TMA refuses those that are not multiples of 16 bytes."""
+    at = replace(plan.launch(torch.device("cpu"), torch.float16, 64, 64), tma=True)
+    slices = torch.randn(1, 64, 4, 4).contiguous(memory_format=torch.channels_last)
+    for x in (torch.randn(2, 64, 1, 1, 1).half(), slices.half()[..., None]):
+        weight = fold.taps_last(torch.randn(64, 64, 3, 3, 3).half())
+        found = conv._descriptors(x, weight, at, (1, 1, 1))
+        assert found is not None and list(found[0].shape) == [x.shape[0], *x.shape[2:], 64]
+        read = torch.as_strided(x, found[0].shape, found[0].strides)
+        assert torch.equal(read, x.permute(0, 2, 3, 4, 1))
+
+
+def test_folding_matrices_stay_on_a_gpu():
+    with torch.inference_mode():
+        kept = fold._kept(fold.NEAREST, torch.float32, torch.device("cpu"))
+    assert fold._kept(fold.NEAREST, torch.float32, torch.device("cpu")) is kept and not kept.is_inference()
+    assert fold._matrix(fold.NEAREST, torch.float32, torch.empty(1)) is not kept  # on a CPU nothing waits
+
+
+def test_tuning_has_candidates_for_every_width(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    tune = importlib.import_module("tune")
+    monkeypatch.setattr(plan, "architecture", lambda device: 90)
+    for _, width, _ in tune.WIDTHS:
+        found = list(tune.candidates(width))
+        assert found and len(found) == len(set(found))
+        assert all(at.bk <= width and at.bn <= width for at in found)

@@ -16,7 +16,7 @@ from memory import peak_bytes
 
 from t2ct import stream
 from t2ct.models import VAE, VAEConfig
-from t2ct.ops import conv, conv_gradient
+from t2ct.ops import conv, conv_gradient, norm, use_backend
 from t2ct.ops.dispatch import channels_last, why_not
 from t2ct.stream import graph as graphs
 from t2ct.stream import plan as plans
@@ -120,13 +120,24 @@ def test_the_bound_holds_where_bfloat16_is_emulated(direction, monkeypatch):
         assert torch.equal(got, want) and measured <= rung.peak <= 1.15 * measured, rung.table()
 
 
-def test_plain_torch_keeps_the_bound():
+@pytest.mark.parametrize("at_once", [2**22, 2**10])
+def test_plain_torch_keeps_the_bound(at_once, monkeypatch):
     """float16 has no compiled norm on a CPU: the bound still holds, if less closely."""
+    monkeypatch.setattr(norm, "AT_ONCE", at_once)
     vae, z = network(THREE, torch.float16), inputs("decode", THREE, torch.float16)
     want = run(vae, "decode", z)
     for rung in ladder(vae, "decode", z, None, 3):
         got, measured = peak_bytes(lambda p=rung: run(vae, "decode", z, p.peak))
         assert torch.equal(got, want) and measured <= rung.peak
+
+
+def test_plain_torch_is_counted_on_a_gpu():
+    """Until a GPU has proven the kernels, norms there are plain torch's, which makes copies."""
+    vae = VAE(VAEConfig()).half()
+    plain = vae.plan("decode", (1, 4, 32, 32, 8), "80GB", device="cuda")
+    with use_backend("triton"):
+        kernels = vae.plan("decode", (1, 4, 32, 32, 8), "80GB", device="cuda")
+    assert plain.graph.generic and not kernels.graph.generic and plain.peak > kernels.peak
 
 
 def test_a_block_takes_over_the_memory_of_what_it_reads():

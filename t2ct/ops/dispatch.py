@@ -54,10 +54,16 @@ EMULATED = _emulated()
 
 
 def kernel(family: str, name: str) -> Callable[..., Any]:
-    """The launcher `name` of kernels/`family`.py, a row of a table; Triton is imported when it is first called."""
+    """The launcher `name` of kernels/`family`.py, a row of a table; Triton is imported when it is first called, and
+    launches on the GPU where the tensors lie, which need not be torch's current one."""
 
     def launch(*args: Any, **kwargs: Any) -> Any:
-        return getattr(import_module(f"t2ct.kernels.{family}"), name)(*args, **kwargs)
+        run = getattr(import_module(f"t2ct.kernels.{family}"), name)
+        device = next((t.device for t in args if isinstance(t, Tensor) and t.is_cuda), None)
+        if device is None or device.index == torch.cuda.current_device():
+            return run(*args, **kwargs)
+        with torch.cuda.device(device):
+            return run(*args, **kwargs)
 
     launch.__name__ = name
     return launch
@@ -117,7 +123,8 @@ def watched(x: Tensor) -> bool:
 
 
 def why_not(backend: str, device: str, dtype: torch.dtype, channels_last: bool = True) -> str | None:
-    """The reason `backend` cannot run on such tensors, or None. Tests skip with this string, users read it."""
+    """The reason `backend` cannot run on tensors of `device` ("cuda": torch's current GPU), or None. Tests skip with
+    this string, users read it."""
     if torch.compiler.is_compiling():  # torch.compile looks through a cache, and warns that it does
         return _why_not(backend, device, dtype, channels_last)
     return _why_not_cached(backend, device, dtype, channels_last)
@@ -144,7 +151,7 @@ _NO_GPU = "torch sees no GPU: torch.cuda.is_available() is False"
 
 
 def _why_not_cuda(device: str) -> str | None:
-    if device != "cuda":
+    if device.partition(":")[0] != "cuda":
         return f"the tensors are on {device}"
     if _C is None:
         return _no_native
@@ -153,7 +160,7 @@ def _why_not_cuda(device: str) -> str | None:
     missing = _C.cuda_driver_missing()
     if missing or not torch.cuda.is_available():
         return missing or _NO_GPU
-    capability = torch.cuda.get_device_capability()
+    capability = torch.cuda.get_device_capability(device)
     if not any(serves(target, capability) for target in _C.cuda_targets):
         return f"its kernels are built for {', '.join(_C.cuda_targets)}, not for compute capability {capability}"
     return None
@@ -176,12 +183,13 @@ def _why_not_triton(device: str, dtype: torch.dtype, channels_last: bool) -> str
     if find_spec("triton") is None:
         return "triton is not installed: pip install t2ct[gpu]"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if device != "cuda" and not (interpreted and device == "cpu"):
+    on_gpu = device.partition(":")[0] == "cuda"
+    if not on_gpu and not (interpreted and device == "cpu"):
         return f"the tensors are on {device}"
-    if device == "cuda" and not interpreted:
+    if on_gpu and not interpreted:
         if not torch.cuda.is_available():
             return _NO_GPU
-        if torch.cuda.get_device_capability() < (8, 0):
+        if torch.cuda.get_device_capability(device) < (8, 0):
             return "it takes a GPU of compute capability 8.0 or more"
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"it takes float16, bfloat16 and float32, not {str(dtype).removeprefix('torch.')}"
@@ -192,7 +200,7 @@ def _why_not_triton(device: str, dtype: torch.dtype, channels_last: bool) -> str
 
 def refusal(backend: str, x: Tensor) -> str | None:
     """Why `backend` does not run on x by itself, or None. One that is forced need not be proven."""
-    reason = why_not(backend, x.device.type, x.dtype, is_channels_last(x))
+    reason = why_not(backend, str(x.device), x.dtype, is_channels_last(x))
     return reason or (None if _forced == backend else UNPROVEN.get(backend))
 
 

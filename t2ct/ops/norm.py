@@ -7,6 +7,10 @@ from torch import Tensor
 from t2ct.ops import norm_cpu
 from t2ct.ops.dispatch import choose, is_channels_last, kernel, large_pages, watched
 
+# Numbers that the parts of a norm, statistics and apply, work on at a time where no kernel of ours runs: plain torch
+# makes copies of them, in float64 and float32.
+AT_ONCE = 2**22
+
 
 def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:
     """(N, C, voxels), contiguous, in `dtype`. torch's channels-last kernel on the CPU takes E[x^2] - E[x]^2 (2e-5 off
@@ -40,9 +44,18 @@ def _backward_reference(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mea
     return _shaped(dx, x), dw.to(weight.dtype), db.to(bias.dtype)
 
 
+def _pieces(x: Tensor) -> tuple[Tensor, ...]:
+    """x in runs of whole planes of about AT_ONCE numbers."""
+    return x.split(max(1, AT_ONCE // x[:, :, 0].numel()), 2) if x.dim() > 2 else (x,)
+
+
 def _stats_reference(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    variance, mean = torch.var_mean(x.double().reshape(x.shape[0], groups, -1), dim=2, correction=0)
-    return mean, variance * (x[0].numel() // groups)
+    parts = []
+    for piece in _pieces(x):
+        variance, mean = torch.var_mean(piece.double().reshape(x.shape[0], groups, -1), dim=2, correction=0)
+        count = piece[0].numel() // groups
+        parts.append((mean, variance * count, count))
+    return parts[0][:2] if len(parts) == 1 else merge_stats(*parts)[:2]
 
 
 def _apply_reference(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, groups: int, silu: bool,
@@ -50,8 +63,10 @@ def _apply_reference(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias
     acc, shape = torch.promote_types(x.dtype, torch.float32), (*x.shape[:2], *[1] * (x.dim() - 2))
     scale = rstd.double().repeat_interleave(x.shape[1] // groups, 1) * weight.double()
     shift = bias.double() - mean.double().repeat_interleave(x.shape[1] // groups, 1) * scale
-    z = torch.addcmul(shift.to(acc).view(shape), x.to(acc), scale.to(acc).view(shape))
-    return out.copy_(F.silu(z, inplace=True) if silu else z)
+    for piece, into in zip(_pieces(x), _pieces(out), strict=True):
+        z = torch.addcmul(shift.to(acc).view(shape), piece.to(acc), scale.to(acc).view(shape))
+        into.copy_(F.silu(z, inplace=True) if silu else z)
+    return out
 
 
 # Backends in order of preference; every one returns the same tensors, statistics in float32 or wider.

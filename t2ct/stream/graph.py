@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-from t2ct.ops import smooth_conv
+from t2ct.ops import norm, smooth_conv
 
 Size = tuple[int, int, int]
 
@@ -17,6 +17,7 @@ Size = tuple[int, int, int]
 # its work, and so few that what a tile reads is still in the cache when it is read again. It never depends on the
 # budget: every plan makes the same calls, which is why every plan gives the same bits.
 TILE = {"cpu": 2**22, "cuda": 2**27}
+DOUBLED = 8  # planes that are doubled at a time: the generic form makes some around them, which then stay few
 STATISTICS = 16  # bytes of the statistics of one group of one tile: mean and M2 in float64
 
 
@@ -187,12 +188,15 @@ class Graph:
         )
 
     def _generic(self, n: int) -> int:
-        """Bytes of plain torch's intermediate tensors: float32 and float64 of a tile or a window."""
+        """Bytes of plain torch's intermediate tensors: float32 and float64 of what it takes at once of a tile or a
+        window, and the planes around those that are doubled."""
         if not self.generic:
             return 0
-        window = self.window_shape(n) or (0, 0, 0, 0)
-        numbers = max(window[0] * window[1] * window[2] * window[3], self.thickest(n) * self.plane(n) // self.itemsize)
-        return 40 * numbers
+        planes, y, z, c = self.window_shape(n) or (0, 0, 0, 0)
+        numbers = max(planes * y * z * c, self.thickest(n) * self.plane(n) // self.itemsize)
+        one = max(y * z * c, self.plane(n) // self.itemsize)
+        normed = 40 * min(numbers, max(norm.AT_ONCE, one))
+        return max(normed, 12 * (DOUBLED + 4) * y * z * c if self.nodes[n].resample == "up" else 0)
 
     def _widened(self, n: int, weights: int, reordered: int) -> int:
         """Bytes more where convolutions run in float32: what they read, their weights as they are, as torch and as

@@ -16,11 +16,10 @@ from t2ct import ops
 from t2ct.ops import smooth_conv
 from t2ct.ops.dispatch import channels_last, large_pages
 from t2ct.stream.budget import give_back
+from t2ct.stream.graph import DOUBLED
 from t2ct.stream.plan import Plan
 from t2ct.stream.simulate import HELD, OUTPUT, SPOOL, Pass, aligned, direct
 from t2ct.stream.spool import FileSpool, PinnedSpool
-
-DOUBLED = 8  # planes that are doubled at a time: the generic form makes some around them, which then stay few
 
 
 def volume(planes: Tensor) -> Tensor:
