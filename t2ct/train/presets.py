@@ -82,7 +82,7 @@ TINY = PipelineConfig(
 FIRST = {"vae": "vae-slab", "clip": "clip-text"}
 # What `--data` is when nothing is said.
 DEFAULT_DATA = {"tiny": "phantoms:64", "embedded": "phantoms:6000"}
-JUDGE_DATA = {"tiny": "phantoms:120", "embedded": "phantoms:4000"}
+JUDGE_DATA = {"tiny": "phantoms:120", "embedded": "phantoms:5000"}
 OWN_TERMS = {  # of a VAE too small, and trained too briefly, for a critic
     "augment": False,
     "perceptual": "none",
@@ -184,7 +184,7 @@ TINY_RUNS = {
 }  # fmt: skip
 
 _JUDGE = JudgeTraining(
-    steps=1500, batch=8, learning_rate=2e-3, matrix_learning_rate=0.04, weight_decay=0.01, warmup=20.0, ema=0.98,
+    steps=4000, batch=8, learning_rate=2e-3, matrix_learning_rate=0.04, weight_decay=0.01, warmup=20.0, ema=0.98,
     valid_count=256, valid_every=500, workers=2, export="float16", model=JudgeConfig(details=DETAILS),
 )  # fmt: skip
 JUDGES = {
