@@ -21,6 +21,7 @@ from t2ct.files import write_files
 from t2ct.models import VAE
 from t2ct.models.vae import hu_to_unit
 from t2ct.models.window import OVERLAP, decode_windows, starts
+from t2ct.ops import use_backend
 from t2ct.pipeline import T2CTPipeline
 
 SHARE = 80 / 128  # of X and Y that a published window spans
@@ -114,11 +115,16 @@ def main() -> None:
     lines += [
         "What the planner says of decoding on a GPU in float16, int16 HU out: bytes beyond the weights at most, work",
         "beside that of a plan which recomputes nothing, what is spooled into the host's memory. No GPU has run these",
-        "plans yet; the same code is held to its bytes on a CPU.",
+        "plans yet; the same code is held to its bytes on a CPU. What runs unasked, norms by plain torch, with its",
+        "copies:",
         "",
         *memory_table(),
         "",
+        "By the Triton kernels (`use_backend(\"triton\")`):",
+        "",
     ]
+    with use_backend("triton"):
+        lines += [*memory_table(), ""]
     write_files({folder / "patches-figures.md": "\n".join(lines).encode(), folder / "windows.png": image})
     print("\n".join(lines))
 
