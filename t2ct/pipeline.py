@@ -343,7 +343,7 @@ def centred_affine(size: Sequence[int], spacing: Sequence[float]) -> np.ndarray:
 
 
 @lru_cache(maxsize=1)
-def _loaded(key: str, device: str | None, dtype: torch.dtype | None) -> T2CTPipeline:
+def _loaded(key: str, files: tuple, device: str | None, dtype: torch.dtype | None) -> T2CTPipeline:
     return T2CTPipeline.from_pretrained(json.loads(key), device, dtype)
 
 
@@ -353,4 +353,12 @@ def _cached(model: Any, device: Any, dtype: torch.dtype | None) -> T2CTPipeline:
         key = json.dumps(model, default=lambda p: str(p) if isinstance(p, Path) else asdict(p))
     except TypeError:
         return T2CTPipeline.from_pretrained(model, device, dtype)
-    return _loaded(key, None if device is None else str(device), dtype)
+    return _loaded(key, _files(model), None if device is None else str(device), dtype)
+
+
+def _files(model: Any) -> tuple:
+    """What lies in the files of a model now: one that was trained further, or another folder of the same name, is read
+    anew."""
+    paths = [Path(p) for p in (model.values() if isinstance(model, Mapping) else [model]) if isinstance(p, (str, Path))]
+    found = [f for p in paths for f in (sorted(p.iterdir()) if p.is_dir() else [p]) if f.is_file()]
+    return tuple((str(f.resolve()), f.stat().st_mtime_ns, f.stat().st_size) for f in found)

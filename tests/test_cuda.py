@@ -194,7 +194,7 @@ def test_reasons(monkeypatch, targets, driver, capability, reason):
 
     monkeypatch.setattr("t2ct.ops.dispatch._C", Module())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     given = _why_not("cuda", "cuda", torch.float32)
     assert given == reason if reason is None else re.search(reason, given)
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import t2ct
 from t2ct.pipeline import T2CTPipeline
@@ -120,6 +121,22 @@ def test_save_pretrained_round_trips_bit_for_bit(pipe, tmp_path):
         again(TEXT, generator=1, num_inference_steps=1, progress=False).hu,
     )
     pipe.save_pretrained(tmp_path / "model")  # over files that the second pipeline may still map
+
+
+def test_a_model_that_changed_is_read_anew(pipe, tmp_path, monkeypatch):
+    """`generate` keeps the last model, for as long as its files are what they were."""
+    options = {"seed": 1, "num_inference_steps": 1, "progress": False, "device": "cpu"}
+    for name in ("a", "b"):
+        pipe.save_pretrained(tmp_path / name / "model")
+    file = tmp_path / "b" / "model" / "unet.safetensors"
+    save_file({k: 1.5 * v for k, v in load_file(file).items()}, file)
+    hashes = []
+    for name in ("a", "b"):  # the same words, another folder
+        monkeypatch.chdir(tmp_path / name)
+        hashes.append(t2ct.generate(TEXT, model="model", **options).provenance["weights"])
+    pipe.save_pretrained("model")  # the same folder, other weights
+    hashes.append(t2ct.generate(TEXT, model="model", **options).provenance["weights"])
+    assert hashes[0] == hashes[2] != hashes[1]
 
 
 def test_report_parts_are_formed_as_trained(pipe):
