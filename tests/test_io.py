@@ -278,3 +278,13 @@ def test_interrupt_while_writing_leaves_nothing(tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.wait(10) != 0
     assert not list(tmp_path.iterdir())
+
+
+def test_refuses_units_that_nobody_knows(tmp_path):
+    path = tmp_path / "ct.nii"
+    write(path, random_hu())
+    content = bytearray(path.read_bytes())
+    content[123] = 7
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="ct.nii: wanted xyzt_units of the NIfTI standard, got 7"):
+        load_volume(path)

@@ -62,6 +62,17 @@ def test_a_prepared_folder(folder):
     assert fingerprint(source) != fingerprint(valid)
 
 
+def test_other_volumes_of_the_same_names_are_not_taken_from_a_cache(folder, tmp_path):
+    """A cache may be shared by runs on several folders, and a folder's volumes may be replaced."""
+    def first():
+        return np.asarray(Cached(open_data(str(folder), "train", SIZE), tmp_path / "cache").read(0).hu)
+
+    before, again = first(), first()
+    assert np.array_equal(before, again)
+    write_ct(folder / "volumes/0.nii.gz", hu=phantom(4, size=(20, 16, 18)).hu)
+    assert not np.array_equal(first(), before)
+
+
 def test_orientation_is_put_right(folder):
     hu = phantom(3, size=(20, 16, 18)).hu
     turned = np.ascontiguousarray(hu[::-1].transpose(0, 2, 1))
@@ -255,3 +266,10 @@ def test_latents_are_marked_kept_and_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="wanted an empty folder or those of data"):
         encode_source(open_data("phantoms:4", "train", SIZE), vae, "one", tmp_path, cpu, **options)
     assert SHARD == 64
+
+
+@pytest.mark.parametrize("content", [b'volume,report\n"' + b"x" * 140_000, b"volume,report\n\xff\xfe,a\n"])
+def test_a_table_that_does_not_read_is_named(tmp_path, content):
+    (tmp_path / "manifest.csv").write_bytes(content)
+    with pytest.raises(ValueError, match="manifest.csv: wanted a CSV table in UTF-8, got one that does not read"):
+        open_data(str(tmp_path), "train", SIZE)

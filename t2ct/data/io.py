@@ -71,7 +71,11 @@ def load_volume(path: PathLike) -> Volume:
         raise ValueError(
             f"{path}: wanted a whole NIfTI file, got one truncated or damaged ({_one_line(error)})"
         ) from error
-    scale = MM_PER_UNIT.get(header.get_xyzt_units()[0], 1.0)
+    try:
+        unit = header.get_xyzt_units()[0]
+    except KeyError as error:
+        raise ValueError(f"{path}: wanted xyzt_units of the NIfTI standard, got {header['xyzt_units']}") from error
+    scale = MM_PER_UNIT.get(unit, 1.0)
     affine = np.diag([scale, scale, scale, 1.0]) @ image.affine
     prompt, seed, provenance = _read_sidecar(path, header["descrip"].item())
     try:

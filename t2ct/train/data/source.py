@@ -68,8 +68,13 @@ class Source(Protocol):
 
 
 def fingerprint(source: Source) -> str:
-    """One short name for which volumes and texts these are, and at what size."""
-    content = json.dumps([source.size, [(e.name, e.texts) for e in source.entries]])
+    """One short name for which volumes and texts these are, and at what size. Of files their length and when they were
+    written count too: other volumes may have the names of those before."""
+    told: list = [source.size, [(e.name, e.texts) for e in source.entries]]
+    if paths := getattr(source, "paths", None):
+        facts = [Path(path).stat() if Path(path).is_file() else None for path in paths]
+        told.append([f and (f.st_size, int(f.st_mtime)) for f in facts])
+    content = json.dumps(told)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 

@@ -107,10 +107,14 @@ def read_rows(folder: str | Path) -> list[Row]:
 def _table(path: Path, wanted: Iterable[str] = ()) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
-        missing = [name for name in wanted if name not in (reader.fieldnames or [])]
+        try:
+            names, rows = reader.fieldnames or [], list(reader)
+        except (csv.Error, UnicodeDecodeError) as error:  # an open quote, bytes that are no UTF-8
+            raise ValueError(f"{path}: wanted a CSV table in UTF-8, got one that does not read ({error})") from error
+        missing = [name for name in wanted if name not in names]
         if missing:
-            raise ValueError(f"{path}: wanted a column {missing[0]!r}, got {', '.join(reader.fieldnames or [])}")
-        return list(reader)
+            raise ValueError(f"{path}: wanted a column {missing[0]!r}, got {', '.join(names)}")
+        return rows
 
 
 def _manifest(root: Path, path: Path) -> Iterable[Row]:
