@@ -94,7 +94,7 @@ def test_what_is_refused(runs, tmp_path, capsys):
     refused("the nearest is 'learning_rate'", "vae", "--out", str(tmp_path / "a"), "--set", "lerning_rate=1")
     refused("batch: wanted at most the 16 volumes", "clip", "--out", str(tmp_path / "b"), "--set", "batch=32")
     refused("memory: wanted at least", "vae", "--out", str(tmp_path / "c"), "--memory", "1MB")
-    refused("wanted a size such as 24GB", "vae", "--out", str(tmp_path / "d"), "--memory", "plenty")
+    refused('wanted a positive size such as "6GB"', "vae", "--out", str(tmp_path / "d"), "--memory", "plenty")
     refused("--out: wanted a folder", "vae")
     refused("no config.json", "ldm", "--out", str(tmp_path / "e"), "--vae", str(tmp_path))
     refused("wanted start=", "ldm", "--out", str(tmp_path / "f"), "--lora", "2")

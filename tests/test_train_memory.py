@@ -253,6 +253,7 @@ def test_moments_of_eight_bits_count_less():
 def test_sizes_are_read():
     assert write_size(1.234e9) == "1.3 GB" and write_size(5e6) == "5 MB"
     assert read_size("24GB") == 24e9 and read_size("1.5 GiB") == 1.5 * 2**30 and read_size("800mb") == 8e8
-    for words in ("", "much", "-3GB", "0GB", "3TB"):
-        with pytest.raises(ValueError, match="memory: wanted a size such as 24GB"):
+    assert read_size("1TB") == 1e12 and read_size("6e9") == 6e9
+    for words in ("", "much", "-3GB", "0GB", "3 apples"):
+        with pytest.raises(ValueError, match="memory: wanted a positive size such as"):
             read_size(words)

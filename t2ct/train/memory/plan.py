@@ -4,13 +4,13 @@ a GPU leaves to the host's memory where nothing else helps."""
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
 
+from t2ct.stream import parse_bytes
 from t2ct.train.config import OFFLOADS, CLIPTraining, Training
 from t2ct.train.memory.count import count_update, pace_of, seconds_of
 from t2ct.train.memory.measure import fixed_bytes, measure, moments_of
@@ -18,7 +18,6 @@ from t2ct.train.memory.recipes import probe_recipe
 from t2ct.train.parts.machine import find_precision
 
 LEFT = {"average": "the average", "optimiser": "average and optimisers"}
-UNITS = {"": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2.0**10, "MIB": 2.0**20, "GIB": 2.0**30}
 
 
 @dataclass(frozen=True)
@@ -49,11 +48,8 @@ class Plan:
 
 
 def read_size(words: str) -> float:
-    """ "24GB" or "800 MiB" in bytes."""
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMG]i?B|)\s*", words, re.IGNORECASE)
-    if not match or not float(match[1]) > 0:
-        raise ValueError(f"memory: wanted a size such as 24GB, got {words!r}")
-    return float(match[1]) * UNITS[match[2].upper()]
+    """ "24GB", "800 MiB" or "6e9" in bytes, as everywhere."""
+    return float(parse_bytes(words, "memory"))
 
 
 def write_size(size: float) -> str:
