@@ -18,6 +18,8 @@ WIDTHS = ((32, 16, 64), (64, 64, 64), (128, 128, 32), (1 << 30, 256, 16))  # col
 
 
 def candidates(width: int):
+    # Where there are fewer columns or channels than a block's least, the block is as narrow as they are and some of its
+    # warps idle; without those a width of 16 would have no candidate.
     columns, deep = ({min(width, n) for n in sizes} for sizes in ((16, 64, 128, 256), (32, 64)))
     for bm, bk, warps, stages in itertools.product((64, 128, 256), sorted(deep), (4, 8), (2, 3, 4)):
         for bn in sorted(columns):

@@ -111,15 +111,16 @@ class Graph:
     def halves(self) -> dict[int, tuple[int, int]]:
         """Nodes that nothing reads but a residual block of half their channels: node -> the block's first convolution
         and its last, whose shortcut reads the node too. In its memory both have room, plane by plane."""
-        found = {}
+        found: dict[int, tuple[int, int]] = {}
         for m, consumers in enumerate(self.consumers):
             if m == 0 or len(consumers) != 2 or self.sizes[m][1] % 2:
                 continue
-            first, last = (self.nodes[n] for n in consumers)
+            a, b = consumers
+            first, last = self.nodes[a], self.nodes[b]
             reads = first.source == m and first.norm and not first.resample and last.residual == m and last.shortcut
             if reads and first.residual is None and 2 * first.channels == 2 * last.channels == self.nodes[m].channels:
-                found[m] = consumers
-        return found  # type: ignore[return-value]
+                found[m] = a, b
+        return found
 
     @cached_property
     def _steps(self) -> dict[Size, int]:

@@ -156,10 +156,9 @@ def simulate(graph: Graph, place: Sequence[str], nodes: range) -> Simulation:
             in_place = _in_place(graph, n, p, last, held, chain)
             until = last.get(n, len(steps) - 1)  # unread in this range: the next one wants it
             if halved:
-                last_of = ~halves[n][1]
-                half = graph.costs[n].bytes // 2
+                other, half = halves[n][1], graph.costs[n].bytes // 2
                 held[n] = Buffer((n, "node", 0), half, p, until)
-                held[last_of] = Buffer((~last_of, "shortcut", 0), half, p, last[last_of])
+                held[~other] = Buffer((other, "shortcut", 0), half, p, last[~other])
             elif in_place is None:
                 held[n] = Buffer((n, "node", 0), graph.costs[n].bytes, p, until)
             else:
