@@ -1,8 +1,10 @@
 """A training run of milliseconds: two linear layers, every kind of state that a checkpoint must hold."""
 
+import multiprocessing
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -96,3 +98,35 @@ def train_in_child(folder: str) -> None:
     torch.set_num_threads(1)
     sys.stderr = sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for the life of the process
     run(SlowRecipe(), CONFIG, Path(folder), torch.device("cpu"), CONFIG.micro, quiet=True)
+
+
+def signalled_in_child(folder: str, number: int) -> None:
+    """With readers, in a group of its own, whose every process gets the signal after update 12."""
+    os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # of the readers
+    torch.set_num_threads(1)
+    sys.stderr = sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for the life of the process
+    config = replace(CONFIG, save_every=0, workers=2)
+
+    class Signalled(MicroRecipe):
+        def after(self, step):
+            if step == 12:
+                os.killpg(0, number)
+                time.sleep(0.5)  # a reader that heeds it is gone by now
+
+    run(Signalled(config), config, Path(folder), torch.device("cpu"), CONFIG.micro, quiet=True)
+
+
+def broken_in_child(folder: str) -> None:
+    """With readers, and an error in the middle: the process must end, and they with it."""
+    os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # of the readers
+    sys.stderr = sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for the life of the process
+    config = replace(CONFIG, workers=2)
+
+    class Broken(MicroRecipe):
+        def after(self, step):
+            if step == 5:
+                raise RuntimeError("the middle")
+
+    run(Broken(config), config, Path(folder), torch.device("cpu"), CONFIG.micro, quiet=True)

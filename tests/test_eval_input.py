@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from small import SMALL, randomised
 
+from t2ct.cli import main
 from t2ct.data.phantoms import LABELS, phantom
 from t2ct.data.volume import Volume
 from t2ct.eval import evaluate
@@ -300,3 +301,21 @@ def test_sizes_of_models_and_of_the_published_files(published, tmp_path):
     assert SMALL.size == SIZE
     with pytest.raises(ValueError, match="wanted volumes of one size"):
         compare(tmp_path / "a", tmp_path / "b", tmp_path / "out", data="phantoms:8", quiet=True)
+
+
+def test_what_is_said_before_compare_counts(tmp_path, capsys):
+    """argparse would let what `compare` was not told undo what `eval` was; and two bare folders have no reports."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    pair, out = ["compare", str(tmp_path / "a"), str(tmp_path / "b")], ["--out", str(tmp_path / "out")]
+    for words, wanted in (
+        (["--count", "0", *out, *pair], "--count: wanted an integer of at least 1, got 0"),
+        (pair, "--out: wanted a folder for the results"),
+        (["--model", "x", *out, *pair], "--model: has no say in a comparison of A and B, got x"),
+        ([*out, "--count", "5", *pair], "since count=5 has no say without"),
+        ([*out, "--quick", *pair], "since quick=True has no say without"),
+        ([*pair, *out, "--tables", "factual"], "has no say without"),
+        ([*out, *pair], "wanted NIfTI files, got none"),
+    ):
+        assert main(["eval", *words]) == 2
+        assert wanted in capsys.readouterr().err, words

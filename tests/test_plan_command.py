@@ -28,9 +28,10 @@ def test_plan_of_a_model_folder_and_of_encoding(capsys):
     cpu = ["--device", "cpu", "--dtype", "bfloat16"]
     assert main(["plan", "encode", "--size", "128x128x64", "--memory", "1GB", *cpu]) == 0
     assert "encoder.blocks.10" in capsys.readouterr().out
-    folder = str(Path(t2ct.__file__).parent / "assets/embedded")
-    assert main(["plan", "decode", "--size", "96x96x48", "--model", folder, *cpu]) == 0
-    assert "16x96x96x48" in capsys.readouterr().out
+    folder = Path(t2ct.__file__).parent / "assets/embedded"
+    for model in (folder, folder / "config.json"):
+        assert main(["plan", "decode", "--size", "96x96x48", "--model", str(model), *cpu]) == 0
+        assert "16x96x96x48" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,7 @@ def test_plan_of_a_model_folder_and_of_encoding(capsys):
         (["--size", "64x64x64", "--memory", "6 apples"], 'memory_budget: wanted a positive size such as "6GB"'),
         (["--size", "512x512x512", "--memory", "1MB"], "memory_budget: wanted at least"),
         (["--size", "64x64x64", "--spool", "/nowhere/at/all"], "spool_dir: wanted a folder"),
+        (["--size", "64x64x64", "--model", "/nowhere/at/all"], "--model: wanted a folder with config.json"),
         (["--size", "64x64x64", "--plot", "plan.pdf"], "wanted a file that ends in .png"),
     ],
 )

@@ -106,6 +106,63 @@ def test_what_is_refused(runs, tmp_path, capsys):
         train("gan", "phantoms:4", tmp_path / "i")
 
 
+def test_what_is_wrong_is_said_before_anything_is_made(tmp_path, capsys):
+    """The stages of a preset may take hours; what ends the run after them, or a dry run that would, is said first."""
+    (tmp_path / "tokens").mkdir()
+    for more, wanted in (
+        (["--vae", str(tmp_path / "no")], "vae: wanted a finished run or a model's folder"),
+        (["--memory", "24XB"], 'memory: wanted a positive size such as "6GB"'),
+        (["--lora", "2"], "lora: wanted start="),
+        (["--set", "micro=3"], "micro: wanted a divisor of 8 (batch 8), got 3"),
+        (["--start", str(tmp_path / "no.safetensors")], "start: wanted a finished run or a model's folder"),
+        (["--data", str(tmp_path / "no")], "data: wanted a folder or phantoms:N"),
+    ):
+        for dry in ([], ["--dry-run"]):
+            options = ["--preset", "tiny", "--quiet", "--device", "cpu", "--out", str(tmp_path / "a"), *more, *dry]
+            assert main(["train", "ldm", *options]) == 2, more
+            assert wanted in capsys.readouterr().err
+            assert not (tmp_path / "a").exists()
+
+
+def test_a_start_that_failed_holds_no_run(runs, tmp_path, capsys):
+    """The command, corrected, begins; what a stage has left stays."""
+    out = tmp_path / "run"
+    assert again(runs, "vae", "--out", str(out), "--start", str(runs / "clip" / "final" / "clip.safetensors")) == 2
+    assert again(runs, "clip", "--out", str(out), "--steps", "1") == 0
+    capsys.readouterr()
+    half = tmp_path / "half"
+    (half / "vae" / "checkpoints").mkdir(parents=True)
+    (half / "starting.json").write_text('{"kind": "ldm", "preset": "tiny", "data": "phantoms:16"}')
+    assert again(runs, "vae", "--out", str(half)) == 2
+    assert "which holds a run of ldm (tiny, phantoms:16)" in capsys.readouterr().err
+    for content in ("{}", "", "[]"):
+        (half / "starting.json").write_text(content)
+        assert again(runs, "vae", "--out", str(half), "--resume") == 2
+        assert "starting.json: wanted" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_from_another_folder(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(runs)
+    told = ["train", "ldm", *VALUES, "--preset", "published", "--config", "ldm.toml", "--resume", "--out"]
+    assert main([*told, str(tmp_path / "run"), "--vae", "vae", "--clip", "./clip"]) == 0
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ldm.toml").write_bytes((runs / "ldm.toml").read_bytes())
+    assert main([*told, "run", "--vae", str(runs / "vae"), "--clip", str(runs / "clip")]) == 0, capsys.readouterr().err
+    assert main([*told, "run", "--vae", "embedded", "--clip", str(runs / "clip")]) == 2
+    assert "vae" in capsys.readouterr().err
+
+
+def test_a_dry_run_measures_the_network_it_begins_with(runs, capsys):
+    """Not the preset's: --start brings its own sizes."""
+    told = ["train", "ldm", "--data", "phantoms:8", "--device", "cpu", "--dry-run"]
+    assert main([*told, "--start", str(runs / "ldm")]) == 0
+    small = capsys.readouterr().out
+    assert main([*told, "--preset", "tiny"]) == 0
+    tiny = capsys.readouterr().out
+    assert "predicted peak" in small and "predicted peak" in tiny
+    assert small.split("predicted peak")[1] != tiny.split("predicted peak")[1]
+
+
 def test_set_takes_fields_of_the_configuration_alone(tmp_path, capsys):
     """Not what else `train` takes: those have options of their own, and would be given twice, or as they are not."""
     for word in ("cache=/x", "quiet=true", "data=phantoms:3", "device=cpu", "kind=vae"):

@@ -129,6 +129,28 @@ def test_a_signal_saves_and_ends_with_a_code_of_its_own(whole, tmp_path, monkeyp
     check_same(tmp_path, whole)
 
 
+@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGUSR1))
+def test_a_signal_to_the_whole_group_leaves_the_readers_until_all_is_saved(processes, whole, tmp_path, number):
+    """As `kill -- -PID`, `timeout` and schedulers send it: readers that died first would take the run with them."""
+    child = processes.Process(target=micro.signalled_in_child, args=(str(tmp_path), number))
+    child.start()
+    child.join(60)
+    assert child.exitcode == EXIT_PREEMPTED
+    assert Checkpoints(tmp_path / "checkpoints").steps()[-1] == 13
+    micro.train(tmp_path)
+    check_same(tmp_path, whole)
+
+
+def test_readers_end_with_a_run_that_fails(processes, tmp_path):
+    child = processes.Process(target=micro.broken_in_child, args=(str(tmp_path),))
+    child.start()
+    group = child.pid
+    child.join(30)
+    assert child.exitcode == 1
+    with pytest.raises(ProcessLookupError):
+        os.killpg(group, 0)
+
+
 def test_old_checkpoints_go_and_the_best_stays(tmp_path):
     micro.train(tmp_path, replace(micro.CONFIG, keep=2))
     kept = Checkpoints(tmp_path / "checkpoints")

@@ -30,7 +30,7 @@ def add_parser(commands: Any, **options: Any) -> None:
         **options,
     )
     parser.add_argument("--model", type=arguments.model, help="model (default: embedded), or a folder of volumes")
-    _add_common(parser, required=False)
+    _add_common(parser)
     parser.add_argument(
         "--without-contrastive", metavar="MODEL", type=arguments.model,
         help="a second model, whose text tower was not trained contrastively: the ablation",
@@ -41,26 +41,29 @@ def add_parser(commands: Any, **options: Any) -> None:
     )  # fmt: skip
     parser.set_defaults(run=run)
     kinds = parser.add_subparsers(metavar="compare")
+    # SUPPRESS: what is not said after `compare` must not undo what was said before it
     both = kinds.add_parser(
         "compare", help="two systems side by side", description="Two models, or folders of volumes, side by side.",
-        **options,
+        argument_default=argparse.SUPPRESS, **options,
     )  # fmt: skip
     both.add_argument("a", metavar="A", help="a model, or a folder of volumes")
     both.add_argument("b", metavar="B", help="likewise")
-    _add_common(both, required=True)
+    _add_common(both)
     both.set_defaults(run=run_compare)
 
 
-def _add_common(parser: argparse.ArgumentParser, required: bool) -> None:
-    parser.add_argument("--out", metavar="DIR", required=required, help="folder for results.json, report.html, volumes")
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    fallback = parser.argument_default
+    parser.add_argument("--out", metavar="DIR", help="folder for results.json, report.html, volumes")
     parser.add_argument("--data", metavar="DATA", help="phantoms:N, or a folder (default: phantoms:500)")
-    parser.add_argument("--quick", action="store_true", help="few volumes of few steps: minutes on a CPU")
+    flag: dict[str, Any] = {"action": "store_true", "default": fallback or False}
+    parser.add_argument("--quick", **flag, help="few volumes of few steps: minutes on a CPU")
     parser.add_argument("--judge", metavar="PATH", help="a judge's file or run; default: the model's or the package's")
     parser.add_argument(
         "--clip", metavar="RUN", help="run or folder of a CLIP3D with both towers, for alignment; default: the model's"
     )
     parser.add_argument(
-        "--backbone", metavar="PATH:FACTORY", action="append", default=[],
+        "--backbone", metavar="PATH:FACTORY", action="append", default=[] if fallback is None else fallback,
         help="a network whose features the distances use; twice for one of slices and one of volumes",
     )  # fmt: skip
     parser.add_argument("--tables", metavar="NAMES", type=_tables, help=f"some of {','.join(TABLES)}; default: all")
@@ -69,8 +72,8 @@ def _add_common(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument("--count", type=int, metavar="N", help="reports at most")
     parser.add_argument("--batch", type=int, metavar="N", help="volumes generated at once")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, …; default: the GPU if there is one")
-    parser.add_argument("--resume", action="store_true", help="go on with the evaluation in --out, if it holds one")
-    parser.add_argument("--quiet", action="store_true", help="print errors and warnings only")
+    parser.add_argument("--resume", **flag, help="go on with the evaluation in --out, if it holds one")
+    parser.add_argument("--quiet", **flag, help="print errors and warnings only")
 
 
 def _tables(word: str) -> tuple[str, ...]:
@@ -83,24 +86,29 @@ def _tables(word: str) -> tuple[str, ...]:
 
 def run(args: argparse.Namespace) -> None:
     """Evaluate a model."""
-    if not args.out:
-        raise ValueError("--out: wanted a folder for the results, got nothing")
-    from t2ct.eval import evaluate
-
     if args.relearn < 0:
         raise ValueError(f"--relearn: wanted 0 or more updates, got {args.relearn}")
+    options = _options(args)
+    from t2ct.eval import evaluate
+
     more = {"without_contrastive": args.without_contrastive, "relearn": args.relearn}
-    evaluate(args.out, args.model, **more, **_options(args))
+    evaluate(args.out, args.model, **more, **options)
 
 
 def run_compare(args: argparse.Namespace) -> None:
     """Compare two systems."""
+    for name in ("model", "without_contrastive", "relearn"):
+        if value := getattr(args, name):
+            raise ValueError(f"--{name.replace('_', '-')}: has no say in a comparison of A and B, got {value}")
+    options = _options(args)
     from t2ct.eval import compare
 
-    compare(args.a, args.b, args.out, **_options(args))
+    compare(args.a, args.b, args.out, **options)
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
+    if not args.out:
+        raise ValueError("--out: wanted a folder for the results, got nothing")
     for name in ("count", "batch"):
         value = getattr(args, name)
         if value is not None and value < 1:

@@ -24,7 +24,7 @@ def add_parser(commands: Any, **options: Any) -> None:
     parser.add_argument("direction", choices=("decode", "encode"))
     parser.add_argument("--size", type=arguments.size, required=True, metavar="XxYxZ", help="voxels of the volume")
     arguments.add_memory(parser)
-    parser.add_argument("--model", type=arguments.model, help="folder or config; default: the published network")
+    parser.add_argument("--model", type=arguments.model, help="folder, or its config.json; default: the published network")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float16 on a GPU, float32 on a CPU")
     parser.add_argument("--plot", metavar="FILE", help="draw the bytes in use over the passes, a .png")
@@ -72,11 +72,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _config(model: Any) -> Any:
-    """The VAE's sizes in a model folder; None: the published ones."""
-    if model is None:
+    """The VAE's sizes that a folder, a run or a config.json tells; None: the published ones."""
+    if model is None or isinstance(model, dict):  # the published files, which bring no config
         return None
-    from t2ct.checks import find_files
     from t2ct.config import PipelineConfig
 
-    config = find_files(model)["config"]
-    return None if config is None else PipelineConfig.from_json(config).vae
+    path = Path(model)
+    for file in (path, path / "final" / "config.json", path / "config.json"):
+        if file.is_file():
+            return PipelineConfig.from_json(file).vae
+    raise FileNotFoundError(f"--model: wanted a folder with config.json, or that file, got {model!r}")

@@ -24,6 +24,7 @@ from t2ct.train.data.source import fingerprint
 
 FORMAT = "t2ct-eval-1"
 DATA = "phantoms:500"
+COMPARED = ("fidelity", "factual", "alignment", "utility", "memorisation")
 
 
 def evaluate(
@@ -92,7 +93,7 @@ def compare(
     judge: str | Path | None = None,
     clip: str | Path | None = None,
     backbones: Sequence[str] = (),
-    tables: Sequence[str] = ("fidelity", "factual", "alignment", "utility", "memorisation"),
+    tables: Sequence[str] = COMPARED,
     steps: int | None = None,
     guidance: float | None = None,
     count: int | None = None,
@@ -110,6 +111,10 @@ def compare(
     if data is None and _is_volumes(a) and _is_volumes(b):
         from t2ct.eval.folders import compare_folders
 
+        given: dict[str, Any] = {"quick": quick or None, "clip": clip, "steps": steps, "guidance": guidance}
+        given |= {"count": count, "batch": batch, "tables": None if tuple(tables) == COMPARED else tables}
+        if said := [f"{name}={value!r}" for name, value in given.items() if value is not None]:
+            raise ValueError(f"data: wanted what A and B were made from, since {said[0]} has no say without, got none")
         return compare_folders(a, b, out, judge=judge, backbones=backbones, device=device, resume=resume, quiet=quiet)
     options = Options(
         str(data or DATA), judge, clip, tuple(backbones), tuple(tables), steps, guidance, count, batch, device, resume,

@@ -47,10 +47,6 @@ def build(
         start_from(judge, config.start, "judge")
         return JudgeRecipe(config, judge, train_set, valid, bad)
     assert isinstance(config, CLIPTraining)
-    if config.freeze_text and not config.start:
-        raise ValueError("freeze_text: wanted start=, the run whose reports the volumes are to meet, got none")
-    if config.freeze_text and Path(config.start).is_file() and not config.tokenizer:
-        raise ValueError("tokenizer: wanted that of the text tower that is frozen, got none beside a file of weights")
     tokenizer = _tokenizer(config, train_set, root)
     torch.manual_seed(config.seed)
     clip = CLIP3D(config.model.clip).to(device)
@@ -123,7 +119,5 @@ def _build_ldm(
     unet = UNet(config.model.unet).to(device)
     start_from(unet, config.start, "unet")
     if config.lora:
-        if not config.start:
-            raise ValueError("lora: wanted start=, the model that the adapters are for, got none")
         add_lora(unet, config.lora, config.seed)
     return LDMRecipe(config, unet, vae, clip, tokenizer, found["train"], found.get("valid"), former)

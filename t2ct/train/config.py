@@ -283,9 +283,8 @@ def _toml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def differences(old: Mapping[str, Any], new: Training) -> list[str]:
+def differences(other: Training, new: Training) -> list[str]:
     """What a run that goes on would have changed: "learning_rate: the run has 0.001, got 0.01"."""
-    other = updated(type(new)(), old)
     return [
         f"{f.name}: the run has {getattr(other, f.name)!r}, got {getattr(new, f.name)!r}"
         for f in fields(new)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from t2ct.train.checkpoint import Checkpoints
 from t2ct.train.config import Training
-from t2ct.train.data.order import Micros, Order, loader
+from t2ct.train.data.order import Micros, Order, reading
 from t2ct.train.data.source import BadVolume
 from t2ct.train.optim import Average, Optimisers, rate_factor
 from t2ct.train.parts.machine import find_precision, kept_memory
@@ -178,14 +178,14 @@ def run(
         state.restore(*found)
     samples = recipe.samples()
     micros = Micros(Order(len(samples.source), config.batch, config.seed), micro, state.step, config.steps, rank, world)
-    batches = iter(loader(samples, micros, config.workers, device.type == "cuda"))
+    ahead = reading(samples, micros, config.workers, device.type == "cuda")
     metrics = Metrics(folder, recipe.shown, state.step, config.tensorboard) if rank == 0 else None
     for part in recipe.parts.values():
         part.train()
     name = type(recipe).__name__
     bar = tqdm(total=config.steps, initial=state.step, desc=name, mininterval=2, disable=quiet or rank != 0)
     saved, waited, began = time.monotonic(), 0.0, time.monotonic()
-    with _signals() as asked, bar, kept_memory(device):
+    with _signals() as asked, ahead as batches, bar, kept_memory(device):
         while state.step < config.steps:
             started = time.monotonic()
             held = [_to(next(batches), device) for _ in range(config.batch // (micro * world))]

@@ -32,7 +32,8 @@ from t2ct.train.config import (
 from t2ct.train.data import open_data
 from t2ct.train.memory import Plan, checkpoint_blocks, make_plan
 from t2ct.train.optim import check_optimiser
-from t2ct.train.parts.folders import find_folder
+from t2ct.train.parts.folders import find_folder, run_facts
+from t2ct.train.parts.ready import absolute, check_data, check_numbers, check_weights
 from t2ct.train.presets import FIRST, before, default_data, preset
 from t2ct.train.recipe import by_itself, ranks
 from t2ct.train.show.report import write_report
@@ -83,12 +84,14 @@ def train(
     Raises ValueError, TypeError, FileNotFoundError for what is wrong with the arguments or the data, OSError for a full
     disk, RuntimeError for gradients that are not finite; `t2ct.train.loop.Preempted` after SIGTERM or SIGUSR1.
     """
-    made = configure(kind, preset, config, **values)
+    made = absolute(configure(kind, preset, config, **values))
     check_optimiser(made)
+    check_weights(kind, made)
     spec = data or default_data(kind, preset)
     if spec is None:
         raise ValueError(f"data: wanted a folder or phantoms:N for the preset {preset}, got nothing")
     _join()
+    check_numbers(made, ranks()[1])
     threads = torch.get_num_threads()
     try:
         where = find_device(device)
@@ -97,11 +100,17 @@ def train(
             torch.cuda.set_device(where)  # where barriers wait, too
         if made.threads:
             torch.set_num_threads(made.threads)
+        root = Path(out)
+        alone = not _stages_left(kind, preset, made)
+        named = not isinstance(made, LDMTraining) or made.start or (made.vae and made.clip)
+        if alone and (named or not dry_run):  # what it costs may be asked before there is a VAE
+            made = _resolved(kind, made, root, preset)
+        if dry_run or not alone:  # else it is opened at once
+            check_data(made, spec)
         if dry_run:
             told = partial(print, flush=True) if not quiet else lambda _: None
             print(make_plan(kind, made, where, ranks()[1], told).text())
-            return Path(out)
-        root = Path(out)
+            return root
         if not str(out):
             raise ValueError("out: wanted a folder for the run, got nothing")
         for folder in (root, Path(cache or root)):
@@ -109,8 +118,9 @@ def train(
         _check_labels(kind, preset, made, spec)
         _refuse_other(root, kind, preset, spec, resume)
         prepared = Path(cache) if cache else root / "cache"
-        _stages(kind, preset, made, spec, root, where, quiet, prepared)
-        made = _resolved(kind, made, root, preset)
+        if not alone:
+            _stages(kind, preset, made, spec, root, where, quiet, prepared)
+            made = _resolved(kind, made, root, preset)
         return _train(kind, made, preset, spec, root, where, quiet, prepared)
     finally:
         torch.set_num_threads(threads)
@@ -150,11 +160,11 @@ def _wait() -> None:
 def _refuse_other_here(root: Path, kind: str, preset: str, data: str, resume: bool) -> None:
     path = root / "run.json"
     started = root / "starting.json"  # of a run that was killed in the stages before its own
-    if not path.exists() and not started.exists():
+    if not path.exists() and not (started.exists() and _made_something(root)):
         root.mkdir(parents=True, exist_ok=True)
         write_files({started: json.dumps({"kind": kind, "preset": preset, "data": data}).encode()})
         return
-    facts = json.loads((path if path.exists() else started).read_text(encoding="utf-8"))
+    facts = run_facts(path if path.exists() else started)
     if not resume:
         held = f"{facts['kind']} ({facts['preset']}, {facts['data']})"
         raise ValueError(f"out: wanted a new folder, got {root}, which holds a run of {held}; --resume goes on with it")
@@ -164,13 +174,21 @@ def _refuse_other_here(root: Path, kind: str, preset: str, data: str, resume: bo
             raise ValueError(f"out: {root} holds a run with {name} {facts[name]!r}, got {value!r}")
 
 
+def _made_something(root: Path) -> bool:
+    """Has a run that was stopped before its own first update left more than its name and prepared volumes?"""
+    return any(folder.is_dir() and folder.name != "cache" and any(folder.iterdir()) for folder in root.iterdir())
+
+
+def _stages_left(kind: str, name: str, config: Training) -> list[tuple[str, str, Training]]:
+    """What is to be trained before the network itself, as `presets.before` says."""
+    return [stage for stage in before(kind, name) if not _given(config, stage[1])]
+
+
 def _stages(
     kind: str, name: str, config: Training, data: str, root: Path, device: Any, quiet: bool, cache: Path
 ) -> None:  # fmt: skip
     """Train what a preset of its own needs before, each stage in a folder of the run."""
-    for folder, stage, told in before(kind, name):
-        if _given(config, stage):
-            continue
+    for folder, stage, told in _stages_left(kind, name, config):
         if stage != "ldm" and (root / folder / "final" / "config.json").exists():
             continue
         told = replace(told, seed=config.seed, precision=config.precision, skip_bad=config.skip_bad)
@@ -201,7 +219,7 @@ def _given(config: Training, stage: str) -> bool:
 def _check_labels(kind: str, preset_name: str, config: Training, data: str) -> None:
     """ValueError where a later stage's CLIP3D lacks labels to learn from, or volumes for a batch: hours before it would
     say so."""
-    told = [config, *(c for _, stage, c in before(kind, preset_name) if not _given(config, stage))]
+    told = [config, *(c for _, _, c in _stages_left(kind, preset_name, config))]
     clips = [c for c in told if isinstance(c, CLIPTraining)]
     if not any(c.label_weight for c in clips) or (Path(data) / "train" / "index.json").is_file():
         return
@@ -217,7 +235,8 @@ def _check_labels(kind: str, preset_name: str, config: Training, data: str) -> N
 def _started(config: Training, folder: str, root: Path) -> Training:
     """The configuration that begins where its first stage in the run, if it has one, ended."""
     first = root / FIRST.get(folder, "")
-    return replace(config, start=str(first)) if folder in FIRST and first.is_dir() and not config.start else config
+    known = folder in FIRST and first.is_dir() and not config.start
+    return replace(config, start=os.path.abspath(first)) if known else config
 
 
 def _resolved(kind: str, config: Training, root: Path, name: str) -> Training:
@@ -226,7 +245,7 @@ def _resolved(kind: str, config: Training, root: Path, name: str) -> Training:
         return _started(config, kind, root)
     if not isinstance(config, LDMTraining):
         return config
-    paths = {part: getattr(config, part) or config.start or str(root / part) for part in ("vae", "clip")}
+    paths = {part: getattr(config, part) or config.start or os.path.abspath(root / part) for part in ("vae", "clip")}
     for part, path in paths.items():
         if not getattr(config, part) and not config.start and not (root / part).is_dir():
             raise ValueError(
@@ -281,9 +300,8 @@ def _train(
 
 def _plan(kind: str, config: Training, device: torch.device, quiet: bool) -> Plan:
     _, world = ranks()
+    check_numbers(config, world)
     share = config.batch // world
-    if config.batch % world:
-        raise ValueError(f"batch: wanted a multiple of the {world} processes, got {config.batch}")
     if not config.memory:
         return Plan(config.micro or share, share, config.checkpoint_blocks, offload=config.offload)
     told = partial(print, flush=True) if not quiet else lambda _: None
@@ -298,7 +316,8 @@ def _known(root: Path, config: Training) -> dict[str, Any]:
     path = root / "run.json"
     if not path.exists():
         return {}
-    changed = differences(read_toml((root / "config.toml").read_text(encoding="utf-8")), config)
+    known = updated(type(config)(), read_toml((root / "config.toml").read_text(encoding="utf-8")))
+    changed = differences(absolute(known), config)
     if changed:
         raise ValueError(f"config: {root} holds a run that was configured otherwise: {'; '.join(changed)}")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return run_facts(path)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +107,21 @@ class Micros:
                 yield draws[i : i + self.micro]
 
 
-def loader(samples: Dataset, micros: Micros, workers: int, pin: bool) -> Any:
-    """Iterates over the micro-batches, read ahead by `workers` processes."""
-    more: dict[str, Any] = {"prefetch_factor": 4, "persistent_workers": False} if workers else {}
-    return DataLoader(
+@contextmanager
+def reading(samples: Dataset, micros: Micros, workers: int, pin: bool) -> Iterator[Any]:
+    """Iterates over the micro-batches, read ahead by `workers` processes, which end with the block."""
+    more: dict[str, Any] = {"prefetch_factor": 4, "worker_init_fn": _deaf} if workers else {}
+    batches: Any = iter(DataLoader(
         samples, batch_sampler=micros, num_workers=workers, collate_fn=collate, pin_memory=pin, **more  # type: ignore[arg-type]
-    )  # fmt: skip
+    ))  # fmt: skip
+    try:
+        yield batches
+    finally:
+        if workers:  # who is deaf must be told: at the interpreter's exit, which asks by a signal, it would never end
+            batches._shutdown_workers()
+
+
+def _deaf(worker: int) -> None:
+    """A signal to stop reaches the whole group of processes; the run needs its readers until it has saved."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,18 @@ def find_folder(path: str | Path, what: str) -> Path:
         if (folder / "config.json").is_file():
             return folder
     raise FileNotFoundError(f"{what}: wanted a finished run or a model's folder, got {str(path)!r}: no config.json")
+
+
+def run_facts(path: Path) -> dict[str, Any]:
+    """What a run's JSON file says of it."""
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: wanted JSON, got what does not read ({error})") from None
+    wanted = ("kind", "preset", "data")
+    if not isinstance(facts, dict) or any(name not in facts for name in wanted):
+        raise ValueError(f"{path}: wanted a run's {', '.join(wanted)}, got {str(facts)[:60]}")
+    return facts
 
 
 def load_part(path: str | Path, name: str, device: torch.device) -> tuple[Any, PipelineConfig, str]:

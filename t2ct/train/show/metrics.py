@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from t2ct.files import write_files
 from t2ct.train.optim import rate_factor
+from t2ct.train.parts.folders import run_facts
 
 if TYPE_CHECKING:
     from t2ct.train.loop import Run
@@ -101,12 +101,12 @@ def status(folder: str | Path) -> dict[str, str]:
     """Where a run stands, for people. FileNotFoundError where `folder` holds none."""
     root = Path(folder)
     if not (root / "run.json").is_file() and (root / "starting.json").is_file():  # in the stages before its own
-        facts = json.loads((root / "starting.json").read_text(encoding="utf-8"))
+        facts = run_facts(root / "starting.json")
         stages = [path.parent for path in sorted(root.glob("*/run.json"), key=lambda path: path.stat().st_mtime)]
         return {name: str(value) for name, value in facts.items()} | {s.name: status(s)["step"] for s in stages}
     if not (root / "run.json").is_file():
         raise FileNotFoundError(f"run: wanted the folder of a run, got {str(folder)!r}, which has no run.json")
-    facts = json.loads((root / "run.json").read_text(encoding="utf-8"))
+    facts = run_facts(root / "run.json")
     rows, valids = read_table(root / "metrics.csv"), read_table(root / "validation.csv")
     told = {"kind": facts["kind"], "preset": facts["preset"], "data": facts["data"]}
     step = int(rows[-1]["step"]) if rows else 0
