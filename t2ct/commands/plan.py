@@ -24,7 +24,7 @@ def add_parser(commands: Any, **options: Any) -> None:
     parser.add_argument("direction", choices=("decode", "encode"))
     parser.add_argument("--size", type=arguments.size, required=True, metavar="XxYxZ", help="voxels of the volume")
     arguments.add_memory(parser)
-    parser.add_argument("--model", type=arguments.model, help="folder, or its config.json; default: the published network")
+    parser.add_argument("--model", type=arguments.model, help="folder or config.json; default: the published network")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float16 on a GPU, float32 on a CPU")
     parser.add_argument("--plot", metavar="FILE", help="draw the bytes in use over the passes, a .png")
