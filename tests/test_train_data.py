@@ -12,7 +12,7 @@ from small import SMALL
 
 from t2ct.data.phantoms import LABELS, ORGANS, phantom
 from t2ct.models import VAE
-from t2ct.train.data import BadVolume, Cached, open_data
+from t2ct.train.data import BadVolume, Cached, PhantomSource, open_data
 from t2ct.train.data.latents import SHARD, LatentSource, encode_source
 from t2ct.train.data.order import Samples
 from t2ct.train.data.phantoms import WORDINGS, draw_names, small_findings
@@ -266,6 +266,32 @@ def test_latents_are_marked_kept_and_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="wanted an empty folder or those of data"):
         encode_source(open_data("phantoms:4", "train", SIZE), vae, "one", tmp_path, cpu, **options)
     assert SHARD == 64
+
+
+def test_latents_read_ahead_are_the_same(tmp_path, monkeypatch):
+    """Bits, what is skipped, and what stops: as if every volume had been read when its turn came."""
+    monkeypatch.setattr("t2ct.train.data.latents.SHARD", 2)
+    torch.manual_seed(0)
+    vae, cpu = VAE(SMALL.vae).eval(), torch.device("cpu")
+
+    class Holed(PhantomSource):
+        def read(self, index):
+            if index == 2:
+                raise BadVolume("two: a hole")
+            return super().read(index)
+
+    source, told = Holed(5, "train", SIZE), {0: [], 2: []}
+    for workers, words in told.items():
+        encode_source(source, vae, "one", tmp_path / str(workers), cpu, precision="float32", quiet=True, skip_bad=True,
+                      told=words.append, workers=workers)  # fmt: skip
+    assert told[0] == told[2] == ["skipped: two: a hole"]
+    plain, ahead = (LatentSource(tmp_path / str(workers), "one") for workers in told)
+    assert plain.entries == ahead.entries and len(plain) == 5
+    for i in range(5):
+        a, b = plain.read(i), ahead.read(i)
+        assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("mu", "sigma", "spacing", "small"))
+    with pytest.raises(BadVolume, match="two: a hole .--skip-bad"):
+        encode_source(source, vae, "one", tmp_path / "no", cpu, precision="float32", quiet=True, workers=2)
 
 
 @pytest.mark.parametrize("content", [b'volume,report\n"' + b"x" * 140_000, b"volume,report\n\xff\xfe,a\n"])

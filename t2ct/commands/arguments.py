@@ -18,6 +18,11 @@ def steps(word: str) -> int:
     return _integer(word, 1, 1000)
 
 
+def workers(word: str) -> int:
+    """A number of processes; 0: none beside the command's own."""
+    return _integer(word, 0, 1024)
+
+
 def voxels(word: str) -> int:
     """A positive multiple of 4: the VAE halves every axis twice."""
     value = _integer(word, 4, 2**15)

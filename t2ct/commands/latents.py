@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from t2ct.commands import arguments
+
 
 def add_parser(commands: Any, **options: Any) -> None:
     """Add this command to argparse's `commands`."""
@@ -20,6 +22,9 @@ def add_parser(commands: Any, **options: Any) -> None:
     parser.add_argument("--out", required=True, metavar="FOLDER", help="folder to write into, made if missing")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, …; default: the GPU if there is one")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp16", "float32"), default="auto")
+    parser.add_argument(
+        "--workers", type=arguments.workers, default=2, help="processes that read volumes ahead (default: %(default)s)"
+    )
     parser.add_argument("--skip-bad", action="store_true", help="put the next volume in the place of a bad one")
     parser.add_argument("--quiet", action="store_true", help="print errors and warnings only")
     parser.set_defaults(run=run)
@@ -32,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
 
     folder = make_latents(
         args.data, args.vae, args.out, device=find_device(args.device), precision=args.precision,
-        skip_bad=args.skip_bad, quiet=args.quiet,
+        skip_bad=args.skip_bad, quiet=args.quiet, workers=args.workers,
     )  # fmt: skip
     if not args.quiet:
         print(f"wrote {folder}")

@@ -114,6 +114,7 @@ def _build_ldm(
             found[split] = encode_source(
                 cached(source, cache, config.cache_gb), vae, digest, root / "latents" / split, device,
                 precision=config.precision, skip_bad=config.skip_bad, told=warnings.warn, quiet=quiet,
+                workers=config.workers,
             )  # fmt: skip
     torch.manual_seed(config.seed)
     unet = UNet(config.model.unet).to(device)

@@ -7,7 +7,7 @@ where the first stopped.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,15 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from t2ct.files import check_output_folder, write_files
 from t2ct.models import VAE, hu_to_unit
 from t2ct.models.layers import channels_last
 from t2ct.train.data import BadVolume, Source, open_data
-from t2ct.train.data.source import Entry, cached, fingerprint
+from t2ct.train.data.order import reading
+from t2ct.train.data.source import Entry, Item, cached, fingerprint
 from t2ct.train.parts.folders import load_part
 from t2ct.train.parts.machine import find_precision
 from t2ct.train.recipe import ranks
@@ -94,9 +96,10 @@ def encode(vae: VAE, hu: np.ndarray, device: torch.device, precision: str = "aut
 
 def encode_source(
     source: Source, vae: VAE, vae_hash: str, folder: Path, device: torch.device, *, precision: str = "auto",
-    skip_bad: bool = False, told: Callable[[str], None] = print, quiet: bool = False,
+    skip_bad: bool = False, told: Callable[[str], None] = print, quiet: bool = False, workers: int = 0,
 ) -> LatentSource:  # fmt: skip
     """Latents of every volume of `source` into `folder`; shards that are there are kept, ranks share the others.
+    `workers` processes read volumes ahead.
 
     ValueError where folder holds latents of another VAE or of other data; BadVolume unless skip_bad.
     """
@@ -106,15 +109,22 @@ def encode_source(
     shards = range(-(-len(source) // SHARD))
     mine = [n for n in shards if n % world == rank and not _whole(_shard(folder, n), mark)]
     bar = tqdm(total=len(mine) * SHARD, desc="encoding", disable=quiet or rank != 0 or not mine, mininterval=2)
-    for number in mine:
-        rows = []
-        for index in range(number * SHARD, min(len(source), (number + 1) * SHARD)):
-            rows.append(_encoded(source, index, vae, device, precision, skip_bad, told))
-            bar.update()
-        names = ("mu", "sigma", "spacing", *(["small"] if all("small" in row for row in rows) else []))
-        tensors = {name: torch.stack([row[name] for row in rows]) for name in names}
-        write_files({_shard(folder, number): save(tensors, mark)})
-    bar.close()
+    of = {n: range(n * SHARD, min(len(source), (n + 1) * SHARD)) for n in mine}
+    order = [[index] for number in mine for index in of[number]]
+    with bar, reading(_Reads(source, skip_bad), order, workers, False, _only) as items:
+        for number in mine:
+            rows = []
+            for _ in of[number]:
+                item, skipped = next(items)
+                for words in skipped:
+                    told(words)
+                if isinstance(item, BadVolume):
+                    raise item
+                rows.append(_encoded(item, vae, device, precision))
+                bar.update()
+            names = ("mu", "sigma", "spacing", *(["small"] if all("small" in row for row in rows) else []))
+            tensors = {name: torch.stack([row[name] for row in rows]) for name in names}
+            write_files({_shard(folder, number): save(tensors, mark)})
     if world > 1:
         dist.barrier()
     if rank == 0:
@@ -126,19 +136,33 @@ def encode_source(
     return LatentSource(folder, vae_hash)
 
 
-def _encoded(source: Source, index: int, vae, device, precision, skip_bad, told) -> dict[str, Tensor]:
-    for further in range(len(source)):
-        try:
-            item = source.read((index + further) % len(source))
-        except BadVolume as error:
-            if not skip_bad:
-                raise BadVolume(f"{error} (--skip-bad puts the next volume in its place)") from None
-            told(f"skipped: {error}")
-            continue
-        mu, sigma = encode(vae, item.hu, device, precision)
-        row = {"mu": mu, "sigma": sigma, "spacing": torch.tensor(item.spacing)}
-        return row if item.small is None else row | {"small": torch.from_numpy(item.small)}
-    raise BadVolume("data: no volume can be read")
+class _Reads(Dataset):
+    """Volume `index` of a source, or the next that can be read, and what to tell of those that cannot."""
+
+    def __init__(self, source: Source, skip_bad: bool):
+        self.source, self.skip_bad = source, skip_bad
+
+    def __getitem__(self, index: int) -> tuple[Item | BadVolume, list[str]]:
+        skipped: list[str] = []
+        for further in range(len(self.source)):
+            try:
+                return self.source.read((index + further) % len(self.source)), skipped
+            except BadVolume as error:
+                if not self.skip_bad:
+                    return BadVolume(f"{error} (--skip-bad puts the next volume in its place)"), skipped
+                skipped.append(f"skipped: {error}")
+        return BadVolume("data: no volume can be read"), skipped
+
+
+def _only(rows: Sequence[Any]) -> Any:
+    (row,) = rows
+    return row
+
+
+def _encoded(item: Item, vae: VAE, device: torch.device, precision: str) -> dict[str, Tensor]:
+    mu, sigma = encode(vae, item.hu, device, precision)
+    row = {"mu": mu, "sigma": sigma, "spacing": torch.tensor(item.spacing)}
+    return row if item.small is None else row | {"small": torch.from_numpy(item.small)}
 
 
 def _whole(path: Path, mark: dict[str, str]) -> bool:
@@ -160,10 +184,10 @@ def _whole(path: Path, mark: dict[str, str]) -> bool:
 
 def make_latents(
     data: str, vae: str, out: str | Path, *, device: str | torch.device = "cpu", precision: str = "auto",
-    skip_bad: bool = False, cache_gb: float = 0.0, quiet: bool = False,
+    skip_bad: bool = False, cache_gb: float = 0.0, quiet: bool = False, workers: int = 0,
 ) -> Path:  # fmt: skip
     """What `t2ct latents` does: latents of the training and the validation split of `data` by the VAE in the run or
-    folder `vae`, into the folder `out`; returns it."""
+    folder `vae`, into the folder `out`; returns it. `workers` processes read volumes ahead."""
     root, device = Path(out), torch.device(device)
     check_output_folder(root)
     model, config, digest = load_part(vae, "vae", device)
@@ -172,6 +196,7 @@ def make_latents(
         source = cached(source, root / "cache", cache_gb)
         if len(source):
             encode_source(
-                source, model, digest, root / split, device, precision=precision, skip_bad=skip_bad, quiet=quiet
+                source, model, digest, root / split, device, precision=precision, skip_bad=skip_bad, quiet=quiet,
+                workers=workers,
             )
     return root

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -108,17 +108,19 @@ class Micros:
 
 
 @contextmanager
-def reading(samples: Dataset, micros: Micros, workers: int, pin: bool) -> Iterator[Any]:
-    """Iterates over the micro-batches, read ahead by `workers` processes, which end with the block."""
+def reading(
+    samples: Dataset, batches: Iterable[list[Any]], workers: int, pin: bool, joined: Callable[[Any], Any] = collate
+) -> Iterator[Any]:  # fmt: skip
+    """Iterates over the samples of `batches`, joined, read ahead by `workers` processes, which end with the block."""
     more: dict[str, Any] = {"prefetch_factor": 4, "worker_init_fn": _deaf} if workers else {}
-    batches: Any = iter(DataLoader(
-        samples, batch_sampler=micros, num_workers=workers, collate_fn=collate, pin_memory=pin, **more  # type: ignore[arg-type]
+    ahead: Any = iter(DataLoader(
+        samples, batch_sampler=batches, num_workers=workers, collate_fn=joined, pin_memory=pin, **more  # type: ignore[arg-type]
     ))  # fmt: skip
     try:
-        yield batches
+        yield ahead
     finally:
         if workers:  # who is deaf must be told: at the interpreter's exit, which asks by a signal, it would never end
-            batches._shutdown_workers()
+            ahead._shutdown_workers()
 
 
 def _deaf(worker: int) -> None:
