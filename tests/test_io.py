@@ -180,7 +180,7 @@ def test_refuses_a_broken_affine(tmp_path, bad):
 
 
 @pytest.mark.parametrize("name", ["ct.nii", "ct.nii.gz"])
-@pytest.mark.parametrize("keep", [0, 10, 200, 349, 500, 5000])
+@pytest.mark.parametrize("keep", [0, 10, 200, 347, 349, 500, 5000])
 def test_refuses_truncated_files(tmp_path, name, keep):
     hu = np.random.default_rng(0).integers(-1000, 1500, (32, 32, 32)).astype(np.int16)
     path = write(tmp_path / name, hu)
@@ -188,6 +188,29 @@ def test_refuses_truncated_files(tmp_path, name, keep):
     with pytest.raises(ValueError, match="wanted a") as caught:
         load_volume(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        (nib.Nifti1Image, "vox_offset", np.inf),
+        (nib.Nifti1Image, "vox_offset", 1e30),
+        (nib.Nifti1Image, "dim", [3, 30000, 30000, 30000, 1, 1, 1, 1]),
+        (nib.Nifti2Image, "dim", [3, 2**40, 2**40, 2**40, 1, 1, 1, 1]),
+        (nib.Nifti2Image, "dim", [3, -5, -4, 3, 1, 1, 1, 1]),
+        (nib.Nifti2Image, "vox_offset", 2**62),
+    ],
+)
+def test_refuses_headers_that_claim_what_is_not_there(tmp_path, kind, field, value):
+    """Before room is taken for it: terabytes, if one asks the reader."""
+    image = kind(random_hu(), AFFINE)
+    image.header[field] = value
+    content = kind(random_hu(), AFFINE).to_bytes()
+    path = tmp_path / "ct.nii"
+    path.write_bytes(image.header.binaryblock + content[len(image.header.binaryblock) :])
+    with pytest.raises(ValueError, match="ct.nii: wanted a") as caught:
+        load_volume(path)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["ct.nii", "ct.nii.gz", "ct.png", "ct", "ct.txt"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import warnings
 import zlib
 from pathlib import Path
@@ -35,6 +36,7 @@ def load_volume(path: PathLike) -> Volume:
     import nibabel as nib
     from nibabel.filebasedimages import ImageFileError
     from nibabel.spatialimages import HeaderDataError
+    from nibabel.wrapstruct import WrapStructError
 
     path = Path(path)
     content = _read(path)
@@ -46,17 +48,24 @@ def load_volume(path: PathLike) -> Volume:
         raise ValueError(f"{path}: wanted a NIfTI file (.nii, .nii.gz), got one without the signature of NIfTI")
     try:
         image = kind.from_bytes(content)
-    except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError) as error:
+    except (ImageFileError, HeaderDataError, WrapStructError, OSError, EOFError, ValueError, OverflowError) as error:
         raise ValueError(
             f"{path}: wanted a NIfTI file, got a header that makes no sense ({_one_line(error)})"
         ) from error
 
     header = image.header
-    if len(image.shape) != 3 or 0 in image.shape:
+    if len(image.shape) != 3 or min(image.shape) < 1:
         raise ValueError(f"{path}: wanted a 3-D volume with at least one voxel, got shape {image.shape}")
     dtype = header.get_data_dtype()
     if dtype.kind not in "iuf":
         raise ValueError(f"{path}: wanted one real number per voxel, got {dtype} (colour or complex)")
+    # Counted before anything is read: the reader would take room for all that a header claims, be it terabytes.
+    wanted, held = math.prod(map(int, image.shape)) * dtype.itemsize, len(content) - int(image.dataobj.offset)
+    if held < wanted:
+        raise ValueError(
+            f"{path}: wanted a whole NIfTI file, got one truncated or damaged: {max(held, 0)} bytes for a volume of "
+            f"shape {image.shape}, which takes {wanted}"
+        )
     if not np.isfinite(image.affine).all() or np.linalg.matrix_rank(image.affine[:3, :3]) < 3:
         raise ValueError(f"{path}: wanted a finite, invertible affine, got {image.affine[:3].tolist()}")
     if header["sform_code"] == 0 and header["qform_code"] == 0:
