@@ -22,7 +22,7 @@ def form_prompt(text: str | Mapping[str, Any]) -> str:
 
     text is a str, taken as it is, or a mapping with any of the keys "findings" and "impression", whose missing parts
     (absent, None, NaN, blank, "nan") are left out. Runs of white space, newlines included, become one space.
-    Raises TypeError on other types, ValueError on unknown keys and where no text remains.
+    Raises TypeError on other types, ValueError on unknown keys and for lone surrogates and where no text remains.
     """
     if isinstance(text, str):
         prompt = " ".join(text.split())
@@ -36,7 +36,15 @@ def form_prompt(text: str | Mapping[str, Any]) -> str:
         raise TypeError(f"text: wanted a str or a mapping of {' and '.join(PARTS)}, got {type(text).__name__}")
     if not prompt:
         raise ValueError(f"text: wanted a prompt of at least one word, got {text!r}")
+    check_text("text", prompt)
     return prompt
+
+
+def check_text(name: str, text: str) -> None:
+    """ValueError for half of a surrogate pair, as bytes become that are no UTF-8: no tokenizer, no file takes it."""
+    bad = next((c for c in text if "\ud800" <= c <= "\udfff"), None)
+    if bad is not None:
+        raise ValueError(f"{name}: wanted characters, got the lone surrogate {bad!r} in {text!r:.80}")
 
 
 def _part(name: str, value: Any) -> str:
@@ -130,6 +138,8 @@ class Tokenizer:
             raise TypeError(f"texts: wanted a list of str, got {type(texts).__name__} {texts!r:.80}")
         if not texts:
             raise ValueError("texts: wanted at least one text, got none")
+        for text in texts:
+            check_text("texts", text)
         if max_length < 3:
             raise ValueError(f"max_length: wanted at least 3 (start, one token, end), got {max_length}")
         room = max_length - 2

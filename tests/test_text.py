@@ -79,6 +79,8 @@ def test_prompt_of_a_report(report, want):
         ({}, ValueError, "at least one word"),
         ({"findings": None, "impression": math.nan}, ValueError, "at least one word"),
         ({"findings": "x", "history": "y"}, ValueError, "wanted the keys findings and impression, got 'history'"),
+        ("a \ud800 b", ValueError, r"text: wanted characters, got the lone surrogate '.ud800' in"),
+        ({"findings": "\udcff"}, ValueError, "text: wanted characters, got the lone surrogate"),
         ({"findings": 3}, TypeError, r"text\['findings'\]: wanted a str, got int"),
         (None, TypeError, "text: wanted a str or a mapping of findings and impression, got NoneType"),
         (b"effusion", TypeError, "got bytes"),
@@ -170,6 +172,8 @@ def test_tokenizer_refuses(tokenizer, tmp_path):
         tokenizer.encode([None], 16)
     with pytest.raises(ValueError, match="texts: wanted at least one text, got none"):
         tokenizer.encode([], 16)
+    with pytest.raises(ValueError, match="texts: wanted characters, got the lone surrogate"):
+        tokenizer.encode(["a \udc80"], 16)
     with pytest.raises(ValueError, match="max_length: wanted at least 3 .* got 2"):
         tokenizer.encode(["effusion"], 2)
     with pytest.raises(ValueError, match="vocab_size: wanted at least 258, got 100"):
