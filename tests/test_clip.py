@@ -340,7 +340,7 @@ def test_encode_volume_refuses_wrong_input(model, volume, error, message):
 def test_configs_refuse_what_cannot_be_built():
     with pytest.raises(ValueError, match="TextConfig.width: wanted a multiple of heads=5, got 64"):
         TextConfig(width=64, heads=5)
-    with pytest.raises(ValueError, match="TextConfig.layers: wanted an integer of at least 1, got 0"):
+    with pytest.raises(ValueError, match="TextConfig.layers: wanted an integer from 1 to 128, got 0"):
         TextConfig(layers=0)
     with pytest.raises(ValueError, match="VisionConfig.image_size: wanted a multiple of patch_size=16, got 40"):
         VisionConfig(image_size=40)

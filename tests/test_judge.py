@@ -61,9 +61,11 @@ def test_a_judge_of_any_preset_is_small_and_wrong_sizes_are_refused():
     for name in ("embedded", "recommended", "tiny"):
         assert sum(p.numel() for p in Judge(preset("judge", name).model).parameters()) <= 3e6
     for change, wanted in (
-        ({"size": (16, 16, 10)}, r"size must be three positive multiples of 4, got \(16, 16, 10\)"),
+        ({"size": (16, 16, 10)}, r"JudgeConfig.size: wanted three positive multiples of 4, got \(16, 16, 10\)"),
         ({"channels": (6, 16)}, "every entry of channels must be a positive multiple of norm_groups=8"),
+        ({"size": (16, 16)}, r"JudgeConfig.size: wanted three positive multiples of 4, got \(16, 16\)"),
         ({"windows": ((100.0, 0.0),)}, "windows must be pairs of rising HU"),
+        ({"windows": (1,)}, r"JudgeConfig.windows: wanted a list of two finite numbers each, got \(1,\)"),
     ):
         with pytest.raises(ValueError, match=wanted):
             Judge(replace(SMALL, **change))

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from t2ct.models.fields import check_fields
 from t2ct.models.text import TextConfig, TextTransformer, check_input_ids
 from t2ct.models.vision import VisionConfig, VisionTransformer, check_volume
 
@@ -25,12 +26,11 @@ class CLIP3DConfig:
     embed_dim: int = 768
 
     def __post_init__(self) -> None:
-        for name, kind in (("text", TextConfig), ("vision", VisionConfig), ("embed_dim", int)):
+        for name, kind in (("text", TextConfig), ("vision", VisionConfig)):
             value = getattr(self, name)
             if not isinstance(value, kind):
                 raise TypeError(f"CLIP3DConfig.{name}: wanted {kind.__name__}, got {type(value).__name__}")
-        if self.embed_dim < 1:
-            raise ValueError(f"CLIP3DConfig.embed_dim: wanted an integer of at least 1, got {self.embed_dim}")
+        check_fields(self, "CLIP3DConfig.")
 
 
 class CLIP3D(nn.Module):

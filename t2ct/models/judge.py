@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from t2ct.models.fields import ANY, DEPTH, POSITIVE, check_fields, check_grid, check_value
 from t2ct.models.layers import Conv, GroupNormSiLU, channels_last, check_channels, check_volume, norm_silu_conv
 from t2ct.models.vae import Downsample, ResBlock
 
@@ -34,7 +35,10 @@ RARE = -4.6  # log odds of a finding in a cell before anything is learnt: one in
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """Sizes of a judge; the defaults are the one for phantoms of 352 x 352 x 320 mm (1.0 M parameters)."""
+    """Sizes of a judge; the defaults are the one for phantoms of 352 x 352 x 320 mm (1.0 M parameters).
+
+    ValueError for what is no size, and where entries do not fit one another.
+    """
 
     size: tuple[int, int, int] = (96, 96, 48)  # voxels that every volume is brought to
     channels: tuple[int, ...] = (16, 48, 64, 96)  # of the stem, on half the grid, then of each level that halves it
@@ -45,6 +49,14 @@ class JudgeConfig:
     # HU, each a channel in [-1, 1]: everything, the air in the lungs, the mediastinum
     windows: tuple[tuple[float, float], ...] = ((-1000.0, 1000.0), (-1000.0, -500.0), (-160.0, 240.0))
     norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        check_value("JudgeConfig.channels", self.channels, tuple[int, ...])
+        check_grid("JudgeConfig.size", self.size, self.factor)
+        check_fields(self, "JudgeConfig.", num_res_blocks=DEPTH, windows=ANY, norm_eps=POSITIVE)
+        check_channels("JudgeConfig", self.channels, self.norm_groups)
+        if not self.windows or any(not low < high for low, high in self.windows):
+            raise ValueError(f"JudgeConfig: windows must be pairs of rising HU, got {self.windows}")
 
     @property
     def factor(self) -> int:
@@ -87,9 +99,8 @@ class Level(nn.Module):
 class Judge(nn.Module):
     """Which of the findings a CT shows.
 
-    config: JudgeConfig; ValueError where its entries do not fit one another. The calibration (`scale`, `shift`, both
-    (classes,) buffers) turns what the network says into logits whose sigmoids are probabilities; it begins as 1 and 0
-    and `t2ct train judge` fits it to the validation split.
+    The calibration (`scale`, `shift`, both (classes,) buffers) turns what the network says into logits whose sigmoids
+    are probabilities; it begins as 1 and 0 and `t2ct train judge` fits it to the validation split.
     """
 
     scale: Tensor
@@ -98,11 +109,6 @@ class Judge(nn.Module):
     def __init__(self, config: JudgeConfig | None = None):
         super().__init__()
         self.config = c = config or JudgeConfig()
-        check_channels("JudgeConfig", c.channels, c.norm_groups)
-        if len(c.size) != 3 or any(n < c.factor or n % c.factor for n in c.size):
-            raise ValueError(f"JudgeConfig: size must be three positive multiples of {c.factor}, got {c.size}")
-        if not c.windows or any(len(w) != 2 or not w[0] < w[1] for w in c.windows):
-            raise ValueError(f"JudgeConfig: windows must be pairs of rising HU, got {c.windows}")
         self.stem = Conv(len(c.windows) + AXES, c.channels[0], stride=2)
         # What is as small as a voxel or two, a calcification, a nodule, is told from a vessel here or nowhere.
         self.fine_norm = GroupNormSiLU(c.norm_groups, c.channels[0], c.norm_eps)

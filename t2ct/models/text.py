@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from t2ct.models.attention import merge_heads, split_heads
+from t2ct.models.fields import DEPTH, check_fields
 from t2ct.ops import attention
 
 
@@ -26,10 +27,7 @@ class TextConfig:
     max_length: int = 512
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"TextConfig.{field.name}: wanted an integer of at least 1, got {value!r}")
+        check_fields(self, "TextConfig.", layers=DEPTH)
         if self.width % self.heads:
             raise ValueError(f"TextConfig.width: wanted a multiple of heads={self.heads}, got {self.width}")
 

@@ -9,13 +9,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from t2ct.models.fields import DEPTH, POSITIVE, check_fields
 from t2ct.models.layers import Conv, GroupNormSiLU, channels_last, check_channels, check_volume, zeroed
 from t2ct.models.unet_blocks import DownBlock, MiddleBlock, UpBlock, mlp, timestep_embedding
 
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Sizes of a UNet; the defaults are the published network (217.7 M parameters)."""
+    """Sizes of a UNet; the defaults are the published network (217.7 M parameters).
+
+    ValueError where widths, groups, head size and levels are no sizes, or do not fit one another.
+    """
 
     channels: tuple[int, ...] = (64, 128, 256, 512)
     attention_levels: tuple[bool, ...] = (False, False, True, True)
@@ -28,6 +32,19 @@ class UNetConfig:
     num_class_embeds: int = 128
     norm_eps: float = 1e-6
 
+    def __post_init__(self) -> None:
+        check_fields(self, "UNetConfig.", num_res_blocks=DEPTH, norm_eps=POSITIVE)
+        check_channels("UNetConfig", self.channels, self.norm_groups)
+        if len(self.attention_levels) != len(self.channels):
+            raise ValueError(
+                f"UNetConfig: attention_levels must have {len(self.channels)} entries, got {self.attention_levels}"
+            )
+        attended = [n for n, on in zip(self.channels, self.attention_levels, strict=True) if on] + [self.channels[-1]]
+        if any(n % self.head_dim for n in attended):
+            raise ValueError(
+                f"UNetConfig: widths with attention must be multiples of head_dim={self.head_dim}, got {attended}"
+            )
+
     @property
     def factor(self) -> int:
         """Every axis of the latents must be a multiple of this."""
@@ -35,25 +52,11 @@ class UNetConfig:
 
 
 class UNet(nn.Module):
-    """The UNet of the published system. `load_state_dict` takes the published file as it is.
-
-    config: UNetConfig; ValueError where widths, groups, head size and levels do not fit one another.
-    """
+    """The UNet of the published system. `load_state_dict` takes the published file as it is."""
 
     def __init__(self, config: UNetConfig | None = None):
         super().__init__()
         self.config = c = config or UNetConfig()
-        check_channels("UNetConfig", c.channels, c.norm_groups)
-        if len(c.attention_levels) != len(c.channels):
-            raise ValueError(
-                f"UNetConfig: attention_levels must have {len(c.channels)} entries, got {c.attention_levels}"
-            )
-        attended = [n for n, on in zip(c.channels, c.attention_levels, strict=True) if on] + [c.channels[-1]]
-        if any(n % c.head_dim for n in attended):
-            raise ValueError(
-                f"UNetConfig: widths with attention must be multiples of head_dim={c.head_dim}, got {attended}"
-            )
-
         width = c.channels[0]
         time_dim = 4 * width
         self.conv_in = Conv(c.in_channels, width)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2ct import stream
+from t2ct.models.fields import DEPTH, POSITIVE, check_fields
 from t2ct.models.layers import (
     Conv,
     Conv3d,
@@ -43,7 +44,10 @@ def unit_to_hu(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Sizes of a VAE; the defaults are the published network (20.9 M parameters)."""
+    """Sizes of a VAE; the defaults are the published network (20.9 M parameters).
+
+    ValueError for what is no size, and where a width is no multiple of the norm groups.
+    """
 
     channels: tuple[int, ...] = (64, 128, 256)
     norm_groups: int = 32
@@ -51,6 +55,10 @@ class VAEConfig:
     latent_channels: int = 4
     in_channels: int = 1
     norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        check_fields(self, "VAEConfig.", num_res_blocks=DEPTH, norm_eps=POSITIVE)
+        check_channels("VAEConfig", self.channels, self.norm_groups)
 
     @property
     def factor(self) -> int:
@@ -177,15 +185,11 @@ def _changed(module: nn.Module) -> bool:
 
 
 class VAE(nn.Module):
-    """The VAE of the published system. `load_state_dict` takes the published file as it is.
-
-    config: VAEConfig; ValueError where a width is no multiple of the norm groups.
-    """
+    """The VAE of the published system. `load_state_dict` takes the published file as it is."""
 
     def __init__(self, config: VAEConfig | None = None):
         super().__init__()
         self.config = config = config or VAEConfig()
-        check_channels("VAEConfig", config.channels, config.norm_groups)
         z = config.latent_channels
         self.encoder = _stack(config, config.channels, config.in_channels, z, Downsample)
         self.decoder = _stack(config, config.channels[::-1], z, config.in_channels, Upsample)

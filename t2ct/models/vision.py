@@ -5,13 +5,14 @@ The quirks that the published weights depend on are kept on purpose and are mark
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2ct.models.attention import merge_heads, split_heads
+from t2ct.models.fields import DEPTH, check_fields
 from t2ct.models.quantizer import CosineQuantizer
 from t2ct.ops.attention import Relative, attention
 
@@ -38,10 +39,7 @@ class VisionConfig:
     depth: int = 128
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"VisionConfig.{field.name}: wanted an integer of at least 1, got {value!r}")
+        check_fields(self, "VisionConfig.", spatial_layers=DEPTH, temporal_layers=DEPTH)
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"VisionConfig.image_size: wanted a multiple of patch_size={self.patch_size}, got {self.image_size}"
