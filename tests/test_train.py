@@ -9,14 +9,15 @@ from micro import MicroRecipe
 from small import SMALL
 from torch import nn
 
-from t2ct.models import VAE
 from t2ct.train import PRESETS, train
 from t2ct.train.clip import info_nce
 from t2ct.train.config import (
     KINDS,
+    LARGEST_SEED,
     Training,
     VAETraining,
     differences,
+    load_config,
     read_override,
     read_toml,
     to_toml,
@@ -29,7 +30,35 @@ from t2ct.train.optim import Average, Optimisers, moment_bytes, rate_factor, sha
 from t2ct.train.parts.critic import Critic, RandomFeatures
 from t2ct.train.presets import before, preset
 from t2ct.train.show.figures import recall, reconstruction, ssim
-from t2ct.train.vae import Patches, VAERecipe, edge_loss, kl_divergence, window_loss
+from t2ct.train.vae import Patches, edge_loss, kl_divergence, window_loss
+
+NAN, INF = float("nan"), float("inf")
+BAD_VALUES = (
+    ("ldm", {"learning_rate": INF}, "config: learning_rate: wanted a finite number of at least 0, got inf"),
+    ("ldm", {"learning_rate": NAN}, "learning_rate: wanted a finite number of at least 0, got nan"),
+    ("ldm", {"learning_rate": 10**400}, "learning_rate: wanted a number, got 1000"),
+    ("ldm", {"seed": 2**63 - 1}, "seed: wanted an integer from 0 to 8796093022207, got 9223372036854775807"),
+    ("ldm", {"power": 0}, "power: wanted a finite number above 0, got 0"),
+    ("ldm", {"warmup": INF}, "warmup: wanted a finite number"),
+    ("ldm", {"memory": "plenty"}, 'memory: wanted a positive size such as "6GB"'),
+    ("ldm", {"text_dropped": 5}, "text_dropped: wanted a finite number from 0 to 1, got 5"),
+    ("ldm", {"text_noise": -3}, "text_noise: wanted a finite number of at least 0, got -3"),
+    ("ldm", {"small_weight": -4}, "small_weight: wanted a finite number of at least 0, got -4"),
+    ("ldm", {"preview_steps": 0}, "preview_steps: wanted an integer from 1 to 1000, got 0"),
+    ("ldm", {"model": {"unet": {"head_dim": 0}}}, "config.model.unet: UNetConfig.head_dim: wanted an integer from 1"),
+    ("ldm", {"model": {"class_label": 7}}, "config.model: class_label: wanted an integer from 0 to 1, got 7"),
+    ("vae", {"patches": [64]}, r"patches: wanted three positive multiples of 4 within \(32, 32, 32\), got 64"),
+    ("vae", {"patches": []}, "patches: wanted at least one size"),
+    ("vae", {"patches": [[64, 64]]}, r"patches: wanted three positive multiples of 4 .*, got \(64, 64\)"),
+    ("vae", {"patch_from": [NAN]}, "patch_from: wanted a list of finite numbers from 0 to 1"),
+    ("vae", {"patch_from": [0.5]}, "patch_from: wanted 1 rising shares from 0"),
+    ("vae", {"critic_layers": 0}, "critic_layers: wanted an integer from 1 to 8, got 0"),
+    ("vae", {"adversarial_weight": 0.1, "critic_layers": 4}, "patches: wanted at least 48 voxels along every axis"),
+    ("vae", {"model": {"size": [32, 32]}}, r"model: size: wanted three positive multiples of 4, got \(32, 32\)"),
+    ("clip", {"codebook_decay": 3}, "codebook_decay: wanted a finite number from 0 to 1, got 3"),
+    ("judge", {"noise_hu": -1}, "noise_hu: wanted a finite number of at least 0, got -1"),
+    ("judge", {"model": {"windows": [1]}}, r"windows: wanted a list of two finite numbers each, got \(1,\)"),
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -44,7 +73,7 @@ def test_a_preset_survives_toml(kind, name):
     assert all(isinstance(c, KINDS[k]) for _, k, c in before(kind, name))
 
 
-def test_a_key_that_is_unknown_is_told_its_nearest():
+def test_a_key_that_is_unknown_is_told_its_nearest(tmp_path):
     config = preset("ldm", "tiny")
     for values, wanted in (
         ({"learning_rat": 1e-3}, "config: unknown key 'learning_rat'; the nearest is 'learning_rate'"),
@@ -52,16 +81,25 @@ def test_a_key_that_is_unknown_is_told_its_nearest():
         ({"steps": 1.5}, "config.steps: wanted an integer, got 1.5"),
         ({"model": 3}, "config.model: wanted a table, got 3"),
         ({"loss": "l1"}, "loss: wanted one of squared, absolute, got 'l1'"),
-        ({"steps": 0}, "steps: wanted an integer of at least 1, got 0"),
-        ({"ema": 1.0}, "ema: wanted a decay from 0 up to 1, got 1.0"),
+        ({"steps": 0}, "steps: wanted an integer from 1 to 1000000000, got 0"),
+        ({"ema": 1.0}, "ema: wanted a finite number from 0 up to but not 1, got 1.0"),
     ):
         with pytest.raises(ValueError, match=wanted):
             updated(config, values)
+    for kind, values, wanted in BAD_VALUES:
+        with pytest.raises(ValueError, match=wanted):
+            updated(preset(kind, "tiny"), values)
+    assert updated(config, {"seed": LARGEST_SEED}).seed * 1_000_003 + 10**12 < 2**63  # what the loop seeds torch with
     with pytest.raises(ValueError, match="wanted TOML"):
         read_toml("steps = = 3")
     assert read_override("model.vae.channels=[8, 16]") == {"model": {"vae": {"channels": [8, 16]}}}
     assert read_override("loss=absolute") == {"loss": "absolute"}
     assert updated(config, {"warmup": 3}).warmup == 3.0
+    (tmp_path / "latin.toml").write_bytes('tokenizer = "Häuser"'.encode("latin-1"))
+    with pytest.raises(ValueError, match="latin.toml: wanted TOML in UTF-8, got"):
+        load_config(tmp_path / "latin.toml", config)
+    (tmp_path / "marked.toml").write_bytes(b"\xef\xbb\xbfsteps = 3\n")
+    assert load_config(tmp_path / "marked.toml", config).steps == 3
     changed = differences(read_toml(to_toml(config)), replace(config, learning_rate=1.0, workers=5))
     assert changed == ["learning_rate: the run has 0.002, got 1.0"]  # workers are free
 
@@ -253,13 +291,14 @@ def test_patches_and_their_augmentation():
     assert torch.equal(made[3], augment(x, torch.Generator().manual_seed(3)))
     moved = [m for m in made if torch.allclose(m.sort().values.sum(), x.sum(), atol=1e-3)]
     assert 5 < len(moved) < 38  # flips and turns alone keep every value; zoom, turning and contrast do not
-    config = VAETraining(model=SMALL, steps=10, batch=2, patches=((8, 8, 8), (16, 16, 16)), patch_from=(0.0, 0.5))
+    config = VAETraining(model=SMALL, steps=10, batch=2, patches=((8, 8, 8), (16, 16, 16)), patch_from=(0.0, 0.5),
+                         adversarial_weight=0.0)  # fmt: skip
     patches = Patches(config)
     assert [patches.patch_at(n)[0] for n in (0, 9, 10, 19)] == [8, 8, 16, 16]
     made = patches(Item(np.zeros((16, 16, 16), np.int16), (1.0,) * 3), (0, 3, 1))
     assert made["x"].shape == (1, 8, 8, 8) and made["noise"].shape == (4, 2, 2, 2)
-    with pytest.raises(ValueError, match=r"wanted three multiples of 4 within \(16, 16, 16\), got \(6, 8, 8\)"):
-        VAERecipe(replace(config, patches=((6, 8, 8),), patch_from=(0.0,)), VAE(SMALL.vae), None)
+    with pytest.raises(ValueError, match=r"three positive multiples of 4 within \(16, 16, 16\), got \(6, 8, 8\)"):
+        replace(config, patches=((6, 8, 8),), patch_from=(0.0,))
 
 
 def test_figures_of_a_reconstruction():

@@ -160,7 +160,7 @@ def test_data_that_cannot_teach_are_refused_at_once(tmp_path):
             train(kind, str(tmp_path), tmp_path / "run", preset="embedded", quiet=True, device="cpu")
     with pytest.raises(ValueError, match="freeze_text: wanted start=, the run whose reports"):
         train("clip", "phantoms:8", tmp_path / "other", preset="tiny", freeze_text=True, quiet=True, device="cpu")
-    with pytest.raises(ValueError, match="label_weight: wanted 0 or more, got -1"):
+    with pytest.raises(ValueError, match="label_weight: wanted a finite number of at least 0, got -1"):
         CLIPTraining(label_weight=-1.0)
 
 

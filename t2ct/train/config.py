@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from t2ct.config import PipelineConfig
+from t2ct.models.fields import LARGEST, POSITIVE, SHARE, SIZE, Range, check_fields, check_grid
 from t2ct.models.judge import JudgeConfig
+from t2ct.stream import parse_bytes
 
 C = TypeVar("C")
 PRECISIONS = ("auto", "bf16", "fp16", "float32")
@@ -21,18 +23,27 @@ OFFLOADS = ("none", "average", "optimiser")
 SCHEDULES = ("cosine", "polynomial", "constant")
 
 
-def key(default: Any, meaning: str, *, free: bool = False, choices: tuple[Any, ...] = ()) -> Any:
-    """A field with the comment that --init writes; free: a run that goes on may have another value."""
-    return field(default=default, metadata={"help": meaning, "free": free, "choices": choices})
+# A module that draws on its own is seeded with seed * 1_000_003 + step, and torch takes 64 bits.
+LARGEST_SEED = 2**43 - 1
+COUNT, POSITIVE_COUNT = Range(0, 10**9), Range(1, 10**9)
+
+
+def key(
+    default: Any, meaning: str, *, free: bool = False, choices: tuple[Any, ...] = (), within: Range | None = None
+) -> Any:
+    """A field with the comment that --init writes; free: a run that goes on may have another value; within: the range
+    of its numbers, by default from 0 on."""
+    within = within or (COUNT if type(default) is int else Range())
+    return field(default=default, metadata={"help": meaning, "free": free, "choices": choices, "within": within})
 
 
 @dataclass(frozen=True)
 class Training:
     """What every recipe has."""
 
-    steps: int = key(1000, "updates of the weights")
-    seed: int = key(0, "the same seed, data and machine give the same weights")
-    batch: int = key(8, "samples in an update, over all devices")
+    steps: int = key(1000, "updates of the weights", within=POSITIVE_COUNT)
+    seed: int = key(0, "the same seed, data and machine give the same weights", within=Range(0, LARGEST_SEED))
+    batch: int = key(8, "samples in an update, over all devices", within=Range(1, 2**16))
     micro: int = key(0, "samples that a device holds at once; 0: its whole share; --memory may hold fewer")
     memory: str = key("", 'what a device may use, such as "24GB"; empty: no plan is made', free=True)
     optimiser_bits: int = key(32, "of each of Adam's moments; 8: blocks of 256 with a scale (torchao)", choices=(32, 8))
@@ -45,43 +56,42 @@ class Training:
     matrix_learning_rate: float = key(0.0, "of Muon, for matrices and convolutions; 0: Adam for all")
     weight_decay: float = key(0.0, "decoupled, as in AdamW")
     schedule: str = key("cosine", "of the learning rate after the warm-up", choices=SCHEDULES)
-    power: float = key(2.0, "of the polynomial schedule")
+    power: float = key(2.0, "of the polynomial schedule", within=POSITIVE)
     warmup: float = key(0.0, "steps of linear warm-up, or their share of all steps where it is below 1")
     clip_norm: float = key(1.0, "longest gradient; 0: no clipping")
-    ema: float = key(0.0, "decay of the float32 average of the weights, which is what is used in the end; 0: none")
+    ema: float = key(
+        0.0, "decay of the float32 average of the weights, which is what is used in the end; 0: none",
+        within=Range(0, 1, open_high=True),
+    )  # fmt: skip
     precision: str = key("auto", "auto: bf16 where the device multiplies it natively", choices=PRECISIONS)
-    max_bad_steps: int = key(10, "steps in a row without a finite gradient before the run stops")
+    max_bad_steps: int = key(10, "steps in a row without a finite gradient before the run stops", within=POSITIVE_COUNT)
     start: str = key("", "weights to begin with: a safetensors file, or the folder of a run or a model")
     export: str = key("float32", "dtype of the weights in RUN/final", choices=("float32", "float16", "bfloat16"))
     actual_spacing: bool = key(False, "tell the network the voxel size after fitting, not the model's nominal one")
     skip_bad: bool = key(False, "put the next volume in the place of one that cannot be read", free=True)
     cache_gb: float = key(16.0, "keep prepared volumes on disk if all of them fit; 0: never", free=True)
-    threads: int = key(0, "of a CPU for each process; small networks are faster with 1; 0: torch's own choice")
-    workers: int = key(0, "processes that read volumes ahead", free=True)
-    log_every: int = key(10, "steps between rows of metrics.csv", free=True)
+    threads: int = key(
+        0, "of a CPU for each process; small networks are faster with 1; 0: torch's own choice", within=Range(0, 1024)
+    )
+    workers: int = key(0, "processes that read volumes ahead", free=True, within=Range(0, 1024))
+    log_every: int = key(10, "steps between rows of metrics.csv", free=True, within=POSITIVE_COUNT)
     valid_every: int = key(0, "steps between validations; 0: at the end only")
-    valid_count: int = key(16, "volumes of the validation split that are looked at")
+    valid_count: int = key(16, "volumes of the validation split that are looked at", within=POSITIVE_COUNT)
     save_every: int = key(0, "steps between checkpoints; 0: by time alone", free=True)
     save_minutes: float = key(5.0, "minutes between checkpoints", free=True)
-    keep: int = key(2, "newest checkpoints kept, besides the best", free=True)
+    keep: int = key(2, "newest checkpoints kept, besides the best", free=True, within=POSITIVE_COUNT)
     tensorboard: bool = key(False, "also write TensorBoard's files (needs the package tensorboard)", free=True)
     model: Any = field(default_factory=PipelineConfig)  # of the judge: a JudgeConfig
 
     def __post_init__(self) -> None:
+        check_fields(self, **{f.name: f.metadata["within"] for f in fields(self) if "within" in f.metadata})
         for f in fields(self):
             choices = f.metadata.get("choices", ())
             if choices and getattr(self, f.name) not in choices:
                 wanted = ", ".join(map(str, choices))
                 raise ValueError(f"{f.name}: wanted one of {wanted}, got {getattr(self, f.name)!r}")
-        for name in ("steps", "batch", "max_bad_steps", "log_every", "keep", "valid_count"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: wanted an integer of at least 1, got {getattr(self, name)}")
-        counts = ("micro", "seed", "threads", "workers", "valid_every", "save_every")
-        for name in (*counts, "warmup", "clip_norm", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: wanted 0 or more, got {getattr(self, name)}")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema: wanted a decay from 0 up to 1, got {self.ema}")
+        if self.memory:
+            parse_bytes(self.memory, "memory")
 
 
 @dataclass(frozen=True)
@@ -89,22 +99,38 @@ class VAETraining(Training):
     """L1 + KL + perceptual + adversarial, as MAISI, or the terms that need no other network."""
 
     patches: tuple[tuple[int, int, int], ...] = key(((64, 64, 64), (128, 128, 128)), "voxels, one size after another")
-    patch_from: tuple[float, ...] = key((0.0, 0.8), "share of the steps after which each size begins")
+    patch_from: tuple[float, ...] = key((0.0, 0.8), "share of the steps after which each size begins", within=SHARE)
     augment: bool = key(True, "flips, quarter turns, zoom, rotation, brightness and contrast")
     kl_weight: float = key(1e-7, "of the KL divergence, summed over a sample")
     kl_per_voxel: bool = key(False, "divide the KL by the voxels of the patch")
     perceptual: str = key("random", "random: features of fixed random convolutions", choices=("random", "none"))
     perceptual_weight: float = key(0.3, "of the perceptual distance")
     adversarial_weight: float = key(0.1, "of the critic's judgement (LSGAN); 0: no critic")
-    critic_from: float = key(0.1, "share of the steps before the critic's judgement counts")
+    critic_from: float = key(0.1, "share of the steps before the critic's judgement counts", within=SHARE)
     critic_learning_rate: float = key(1e-4, "of the critic's Adam")
-    critic_channels: int = key(32, "of the critic's first layer")
-    critic_layers: int = key(3, "of the critic that halve the volume")
+    critic_channels: int = key(32, "of the critic's first layer", within=SIZE)
+    critic_layers: int = key(3, "of the critic that halve the volume", within=Range(1, 8))
     edge_weight: float = key(0.0, "of the L1 of differences between neighbouring voxels")
     square_weight: float = key(0.0, "of the squared error: small bright things are few voxels, and L1 is a median")
     window_weight: float = key(0.0, "of the L1 in the mediastinal window, as a share of its width")
     offset_weight: float = key(1.0, "of the common offset of a sample; below 1 it is taken out of the other terms")
-    log_variance_start: float = key(0.0, "bias with which the log variance of the latents begins")
+    log_variance_start: float = key(
+        0.0, "bias with which the log variance of the latents begins", within=Range(-30, 20)
+    )
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.patches, (tuple, list)) or not self.patches:
+            raise ValueError(f"patches: wanted at least one size, such as [[64, 64, 64]], got {self.patches!r:.200}")
+        for patch in self.patches:
+            check_grid("patches", patch, self.model.vae.factor, self.model.size)
+        super().__post_init__()
+        starts = self.patch_from
+        if len(starts) != len(self.patches) or list(starts) != sorted(starts) or starts[0] != 0:
+            raise ValueError(f"patch_from: wanted {len(self.patches)} rising shares from 0, got {starts}")
+        least = 3 * 2**self.critic_layers  # what is left of less is smaller than the critic's last convolutions
+        if self.adversarial_weight and min(map(min, self.patches)) < least:
+            wanted = f"at least {least} voxels along every axis for a critic of {self.critic_layers} layers"
+            raise ValueError(f"patches: wanted {wanted} (adversarial_weight=0: none), got {self.patches}")
 
 
 @dataclass(frozen=True)
@@ -112,22 +138,21 @@ class CLIPTraining(Training):
     """Symmetric InfoNCE of volumes and reports; `micro` below `batch` caches gradients, the result is the same."""
 
     tokenizer: str = key("", "a tokenizer.json; empty: that of `start`, or one is learnt from the reports")
-    codebook_decay: float = key(0.8, "of the quantiser's codes, which follow the tokens")
-    dead_share: float = key(0.03, "of an even share of the tokens, under which a code is given a new place")
+    codebook_decay: float = key(0.8, "of the quantiser's codes, which follow the tokens", within=SHARE)
+    dead_share: float = key(
+        0.03, "of an even share of the tokens, under which a code is given a new place", within=SHARE
+    )
     contrast_weight: float = key(1.0, "of InfoNCE; 0: no volume is looked at, and reports learn from answers alone")
     freeze_text: bool = key(False, "only the vision tower learns: it meets reports where they are (of `start`)")
     label_weight: float = key(0.0, 'of the answers that both embeddings give to "X is present."; above 0 needs labels')
-    recombine: float = key(0.0, "share at first of texts put together of several reports' sentences (of phantoms)")
+    recombine: float = key(
+        0.0, "share at first of texts put together of several reports' sentences (of phantoms)", within=SHARE
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("contrast_weight", "label_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: wanted 0 or more, got {getattr(self, name)}")
         if not self.contrast_weight and not self.label_weight:
             raise ValueError("contrast_weight: wanted more than 0, or a label_weight to learn from, got 0 for both")
-        if not 0 <= self.recombine <= 1:
-            raise ValueError(f"recombine: wanted 0 to 1, got {self.recombine}")
         if self.recombine and (self.contrast_weight or not self.label_weight):
             raise ValueError(
                 "recombine: wanted contrast_weight 0 and a label_weight, since these texts have no volume, got "
@@ -148,15 +173,15 @@ class LDMTraining(Training):
     shift: bool = key(True, "shift times towards noise as sampling does")
     stratified: bool = key(True, "one time in each stratum of a batch: the same law, less noise in the loss")
     latents: str = key("sampled", "sampled: mu + sigma * fresh noise", choices=("sampled", "means"))
-    text_dropped: float = key(0.1, "share of samples that see no text")
+    text_dropped: float = key(0.1, "share of samples that see no text", within=SHARE)
     text_noise: float = key(0.0, "length of the noise added to a text's unit vector")
     whiten: bool = key(False, "contexts as wide in every direction; the weights take that up in the end")
     refit: bool = key(False, "start's UNet knows contexts of start's CLIP3D: fit it to those of `clip` first")
     small_weight: float = key(0.0, "further weight of latent voxels a quarter full of a small finding")
-    lora: int = key(0, "rank of low-rank adapters that alone are trained; 0: all weights")
+    lora: int = key(0, "rank of low-rank adapters that alone are trained; 0: all weights", within=Range(0, 1024))
     preview_every: int = key(0, "steps between volumes of fixed prompts; 0: at the end only")
     preview_count: int = key(2, "prompts of the validation split that are drawn")
-    preview_steps: int = key(30, "sampling steps of a preview")
+    preview_steps: int = key(30, "sampling steps of a preview", within=Range(1, 1000))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -217,7 +242,7 @@ def updated(config: C, values: Mapping[str, Any], where: str = "config") -> C:
 def _fitting(value: Any, kind: Any, place: str) -> Any:
     if isinstance(value, (list, tuple)):
         return _deep_tuple(value) if "tuple" in str(kind) else _refuse(value, kind, place)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST:
         return float(value)
     return value if type(value) is kind else _refuse(value, kind, place)
 
@@ -297,4 +322,8 @@ def load_config(path: str | Path, config: C) -> C:
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"config: wanted a TOML file, got {str(path)!r}, which is not there")
-    return updated(config, read_toml(file.read_text(encoding="utf-8"), str(path)), str(path))
+    try:
+        text = file.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark of its encoding
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: wanted TOML in UTF-8, got {error}") from None
+    return updated(config, read_toml(text, str(path)), str(path))

@@ -73,7 +73,6 @@ class VAERecipe(Recipe):
         self, config: VAETraining, model: VAE, source: Source | None, valid: Source | None = None,
         bad: Path | None = None, perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
     ):  # fmt: skip
-        check_patches(config)
         self.config, self.model, self.source, self.valid, self.bad = config, model, source, valid, bad
         self.parts: dict[str, nn.Module] = {"vae": model}
         self.perceptual = perceptual
@@ -175,15 +174,3 @@ class VAERecipe(Recipe):
         small = [max(f, round(n * share / f) * f) for n, share in zip(full, (width, width, depth), strict=True)]
         made = {"x": torch.rand(batch, 1, *small), "noise": torch.randn(batch, z, *(n // f for n in small))}
         return {name: value.to(device) for name, value in made.items()}
-
-
-def check_patches(config: VAETraining) -> None:
-    """ValueError unless the patches fit the volumes and the VAE."""
-    f, size = config.model.vae.factor, config.model.size
-    for patch in config.patches:
-        wrong = len(patch) != 3 or any(n % f or n < f or n > m for n, m in zip(patch, size, strict=True))
-        if wrong:
-            raise ValueError(f"patches: wanted three multiples of {f} within {size}, got {patch}")
-    starts = config.patch_from
-    if len(starts) != len(config.patches) or list(starts) != sorted(starts) or starts[0] != 0:
-        raise ValueError(f"patch_from: wanted {len(config.patches)} rising shares from 0, got {starts}")
