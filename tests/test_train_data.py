@@ -89,7 +89,9 @@ def test_orientation_is_put_right(folder):
         (("volumes/1.nii.gz", "nan", ""), "volumes/1.nii.gz: no report"),
         (("../outside.nii.gz", "A nodule.", ""), "line 3: wanted a volume inside .*, got '../outside.nii.gz'"),
         (("/etc/passwd", "A nodule.", ""), "wanted a volume inside"),
-        (("volumes/0.nii.gz", "A nodule.", ""), "line 3: 'volumes/0.nii.gz' stands there twice"),
+        (("volumes/0.nii.gz", "A nodule.", ""), "line 3: wanted a row for each volume, got 'volumes/0.nii.gz' twice"),
+        (("volumes/../volumes/0.nii.gz", "A nodule.", ""), "line 3: wanted a row for each .* first in .* line 2"),
+        (("",), "line 3: wanted a volume inside .*, got ''"),
         (("volumes/1.nii.gz", "A nodule.", "0 1 0"), "line 3: wanted 18 labels of 0 or 1, got 3"),
         (("volumes/1.nii.gz", "A nodule.", "0;" * 17 + "2"), "wanted 18 labels of 0 or 1, got 18"),
     ),
@@ -101,12 +103,19 @@ def test_bad_rows_are_named(folder, change, wanted):
         open_data(str(folder), "train", SIZE)
 
 
-def test_a_link_out_of_the_folder_is_refused(folder, tmp_path_factory):
-    outside = tmp_path_factory.mktemp("elsewhere") / "ct.nii.gz"
-    outside.write_bytes((folder / "volumes/0.nii.gz").read_bytes())
-    (folder / "volumes/8.nii.gz").symlink_to(outside)
-    write_table(folder / "manifest.csv", ("volume", "report"), ("volumes/8.nii.gz", "Normal."))
-    with pytest.raises(ValueError, match="line 2: wanted a volume inside .*, got 'volumes/8.nii.gz'"):
+def test_links_in_the_folder_may_lead_anywhere(folder, tmp_path_factory):
+    """Scans are large and lie where they lie: a folder of links to them is one that was prepared."""
+    outside = tmp_path_factory.mktemp("elsewhere")
+    write_ct(outside / "scans/ct.nii.gz")
+    (folder / "volumes/8.nii.gz").symlink_to(outside / "scans/ct.nii.gz")
+    (folder / "linked").symlink_to(outside / "scans")
+    rows = ("volumes/8.nii.gz", "Normal."), ("linked/ct.nii.gz", "Normal."), ("volumes/9.nii.gz", "Normal.")
+    write_table(folder / "manifest.csv", ("volume", "report"), *rows[:2])
+    source = open_data(str(folder), "train", SIZE)
+    assert len(source) == 2 and source.read(0).hu.shape == source.read(1).hu.shape == SIZE
+    (folder / "volumes/9.nii.gz").symlink_to(outside / "gone.nii.gz")
+    write_table(folder / "manifest.csv", ("volume", "report"), *rows)
+    with pytest.raises(ValueError, match="volumes/9.nii.gz: no such file"):
         open_data(str(folder), "train", SIZE)
 
 
@@ -121,8 +130,11 @@ def test_bad_tables_are_named(folder):
         open_data(str(folder / "volumes"), "train", SIZE)
     with pytest.raises(FileNotFoundError, match="wanted a folder or phantoms:N"):
         open_data(str(folder / "nowhere"), "train", SIZE)
-    with pytest.raises(ValueError, match="wanted phantoms:N with N of at least 1"):
+    with pytest.raises(ValueError, match="wanted phantoms:N with N from 1 to 100000"):
         open_data("phantoms:many", "train", SIZE)
+    for word in ("²", "٣", "0", "-1", "1000000000", "", "1" * 5000):
+        with pytest.raises(ValueError, match="wanted phantoms:N with N from 1 to 100000"):
+            open_data(f"phantoms:{word}", "train", SIZE)
 
 
 def test_what_cannot_be_used_is_left_out_when_asked(folder):
@@ -185,6 +197,27 @@ def test_ct_rate_as_it_comes(tmp_path):
     assert source.entries[0].labels[LABELS.index("Lung nodule")] == 1 and sum(source.entries[0].labels) == 1
     assert len(open_data(str(tmp_path), "valid", SIZE)) == 1
     assert source.read(1).hu.shape == SIZE
+
+
+def test_ct_rate_behind_links_and_with_bad_rows(tmp_path):
+    write_ct(tmp_path / "disk/train_1/train_1_a_1.nii.gz")
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "volumes").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk/up").symlink_to(tmp_path / "disk")  # no way without end
+    columns = ("VolumeName", "Findings_EN", "Impressions_EN")
+    row = ("train_1_a_1.nii.gz", "A nodule.", "Nodule.")
+    write_table(data / "train_reports.csv", columns, row)
+    assert open_data(str(data), "train", SIZE).read(0).hu.shape == SIZE
+    for rows, wanted in (
+        ([row, row], "line 3: wanted a row for each volume, got 'train_1_a_1.nii.gz' twice, first in .* line 2"),
+        ([row, ("",)], "train_reports.csv line 3: wanted the name of a file as VolumeName, got ''"),
+        ([("../x.nii.gz", "a", "b")], "train_reports.csv line 2: wanted the name of a file as VolumeName"),
+        ([("train_1_a_1.nii.gz",)], "train_1_a_1.nii.gz: no report"),
+    ):
+        write_table(data / "train_reports.csv", columns, *rows)
+        with pytest.raises(ValueError, match=wanted):
+            open_data(str(data), "train", SIZE)
 
 
 def test_volumes_are_stretched():

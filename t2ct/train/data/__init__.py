@@ -4,7 +4,11 @@ from t2ct.train.data.phantoms import VALID_COUNT, PhantomSource
 from t2ct.train.data.source import BadVolume, Cached, Entry, Item, Source
 from t2ct.train.data.tables import open_folder
 
-__all__ = ["BadVolume", "Cached", "Entry", "Item", "PhantomSource", "Source", "open_data", "open_folder"]
+MOST_PHANTOMS = 100_000  # t2ct.eval.listens measures on the seeds from there on
+
+__all__ = [
+    "BadVolume", "Cached", "Entry", "Item", "PhantomSource", "Source", "open_data", "open_folder", "phantom_count",
+]  # fmt: skip
 
 
 def open_data(
@@ -18,12 +22,14 @@ def open_data(
     ValueError or FileNotFoundError say what is wrong before any volume is read.
     """
     if spec.startswith("phantoms:"):
-        return PhantomSource(_count(spec), split, size, valid_count)
+        return PhantomSource(phantom_count(spec), split, size, valid_count)
     return open_folder(spec, split, size, texts=texts, labels=labels, skip_bad=skip_bad, bad=bad)
 
 
-def _count(spec: str) -> int:
+def phantom_count(spec: str) -> int:
+    """N of `phantoms:N`; ValueError."""
     word = spec.partition(":")[2]
-    if not word.isdigit() or int(word) < 1:
-        raise ValueError(f"data: wanted phantoms:N with N of at least 1, or a folder, got {spec!r}")
-    return int(word)
+    count = int(word) if word.isascii() and word.isdigit() and len(word) < 10 else 0
+    if not 1 <= count <= MOST_PHANTOMS:
+        raise ValueError(f"data: wanted phantoms:N with N from 1 to {MOST_PHANTOMS}, or a folder, got {spec!r:.100}")
+    return count

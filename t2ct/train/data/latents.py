@@ -188,8 +188,8 @@ def make_latents(
 ) -> Path:  # fmt: skip
     """What `t2ct latents` does: latents of the training and the validation split of `data` by the VAE in the run or
     folder `vae`, into the folder `out`; returns it. `workers` processes read volumes ahead."""
+    check_output_folder(out)
     root, device = Path(out), torch.device(device)
-    check_output_folder(root)
     model, config, digest = load_part(vae, "vae", device)
     for split in SPLITS:
         source = open_data(data, split, config.size, skip_bad=skip_bad)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import os
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -104,11 +106,14 @@ def read_rows(folder: str | Path) -> list[Row]:
     return list(_manifest(root, manifest) if manifest.is_file() else _ct_rate(root))
 
 
-def _table(path: Path, wanted: Iterable[str] = ()) -> list[dict[str, str]]:
+def _table(path: Path, wanted: Iterable[str] = ()) -> list[tuple[str, dict[str, str]]]:
+    """The rows of a CSV file, each with where it stands; a cell that a short row lacks is empty."""
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         try:
-            names, rows = reader.fieldnames or [], list(reader)
+            names = reader.fieldnames or []
+            lines = ((reader.line_num, row) for row in reader)
+            rows = [(f"{path.name} line {n}", {k: v or "" for k, v in row.items() if k}) for n, row in lines]
         except (csv.Error, UnicodeDecodeError) as error:  # an open quote, bytes that are no UTF-8
             raise ValueError(f"{path}: wanted a CSV table in UTF-8, got one that does not read ({error})") from error
         missing = [name for name in wanted if name not in names]
@@ -118,16 +123,14 @@ def _table(path: Path, wanted: Iterable[str] = ()) -> list[dict[str, str]]:
 
 
 def _manifest(root: Path, path: Path) -> Iterable[Row]:
-    seen = set()
-    for number, line in enumerate(_table(path, ("volume",)), 2):
-        where = f"{path.name} line {number}"
-        name = (line["volume"] or "").strip()
-        file = (root / name).resolve()
-        if not name or not file.is_relative_to(root.resolve()):
+    seen: dict[str, str] = {}
+    for where, line in _table(path, ("volume",)):
+        name = line["volume"].strip()
+        # As it is written: a link in the folder may lead anywhere, since scans are seldom copied.
+        file = Path(os.path.abspath(root / name))
+        if not name or not file.is_relative_to(os.path.abspath(root)):
             raise ValueError(f"{where}: wanted a volume inside {root}, got {name!r}")
-        if name in seen:
-            raise ValueError(f"{where}: {name!r} stands there twice")
-        seen.add(name)
+        _refuse_twice(str(file), name, where, seen)
         split = (line.get("split") or "").strip().lower()
         if split and split not in SPLITS:
             raise ValueError(f"{where}: wanted a split of {', '.join(SPLITS)}, got {split!r}")
@@ -137,22 +140,46 @@ def _manifest(root: Path, path: Path) -> Iterable[Row]:
 
 
 def _ct_rate(root: Path) -> Iterable[Row]:
-    reports = sorted(root.rglob("*report*.csv"))
+    below = _below(root)
+    files = {path.name: path for path in below if path.name.endswith(".nii.gz")}
+    reports = [path for path in below if fnmatch(path.name, "*report*.csv")]
     if not reports:
         raise FileNotFoundError(f"data: wanted manifest.csv or CT-RATE's *_reports.csv, got neither in {root}")
     labels: dict[str, tuple[int, ...] | None] = {}
-    for path in sorted(root.rglob("*label*.csv")):
-        for number, line in enumerate(_table(path, ("VolumeName", *LABELS)), 2):
-            named = ";".join(line[label] or "" for label in LABELS)
-            labels[line["VolumeName"]] = _labels(named, f"{path.name} line {number}")
-    files = {path.name: path for path in root.rglob("*.nii.gz")}
+    for path in (path for path in below if fnmatch(path.name, "*label*.csv")):
+        for where, line in _table(path, ("VolumeName", *LABELS)):
+            labels[line["VolumeName"]] = _labels(";".join(line[label] for label in LABELS), where)
+    seen: dict[str, str] = {}
     for path in reports:
         stem = path.name.lower()
         split = "train" if stem.startswith("train") else "valid" if stem.startswith("valid") else ""
-        for line in _table(path, ("VolumeName", "Findings_EN", "Impressions_EN")):
-            name = line["VolumeName"]
+        for where, line in _table(path, ("VolumeName", "Findings_EN", "Impressions_EN")):
+            name = line["VolumeName"].strip()
+            if not name or Path(name).name != name:
+                raise ValueError(f"{where}: wanted the name of a file as VolumeName, got {name!r}")
+            _refuse_twice(name, name, where, seen)
             text = _prompt({"findings": line["Findings_EN"], "impression": line["Impressions_EN"]})
             yield Row(Entry(name, text, labels.get(name)), files.get(name, root / name), split)
+
+
+def _refuse_twice(key: str, name: str, where: str, seen: dict[str, str]) -> None:
+    """ValueError where this volume has a row already."""
+    if key in seen:
+        raise ValueError(f"{where}: wanted a row for each volume, got {name!r} twice, first in {seen[key]}")
+    seen[key] = where
+
+
+def _below(root: Path) -> list[Path]:
+    """Every file below, sorted, also behind links to folders, which rglob passes by."""
+    found, known = [], set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in known:  # a link to a folder that was seen: perhaps to one above it, without end
+            folders.clear()
+            continue
+        known.add(real)
+        found += [Path(folder, name) for name in names]
+    return sorted(found)
 
 
 def _prompt(text: str | dict[str, str | None] | None) -> tuple[str, ...]:
