@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 import warnings
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from t2ct.commands import explain, generate, info, judge, latents, phantom, plan
 COMMANDS = (generate, phantom, train, latents, evaluation, judge, plan, explain, info)
 
 # What the library raises for something that the user can put right. Anything else is a bug and keeps its traceback.
-USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError)
+USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, MemoryError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,6 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done. 2: bad input, told in one line on stderr. 130: interrupted. No file is ever left half-written.
     """
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot spell is no reason to fail after the work
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         args = build_parser().parse_args(argv)
         with warnings.catch_warnings():
@@ -36,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except USER_ERRORS as error:
         if debug:
             raise
-        print(f"t2ct: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        lacking = "not enough memory: " if isinstance(error, MemoryError) else ""
+        print(f"t2ct: error: {lacking}{' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 2
     return 0
 

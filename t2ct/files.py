@@ -37,6 +37,8 @@ def check_outputs(paths: Iterable[PathLike], *, overwrite: bool = True) -> None:
 def check_output_folder(folder: PathLike) -> None:
     """Raise now if `folder` could not be made or written into later. Makes nothing."""
     path = Path(folder)
+    if not os.fspath(folder):  # which would be the folder that one happens to be in
+        raise ValueError("output: wanted a folder, got ''")
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"output {path}: wanted a folder, got a file")
     while not path.exists():

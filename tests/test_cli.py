@@ -209,7 +209,9 @@ def test_bad_output_is_found_before_loading(pipeline, tmp_path, capsys, output, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.nii"]
 
 
-@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt, 130), (RuntimeError, 2), (MemoryError, None)])
+@pytest.mark.parametrize(
+    ("stop", "code"), [(KeyboardInterrupt, 130), (RuntimeError, 2), (MemoryError, 2), (KeyError, None)]
+)
 def test_a_stop_while_sampling_leaves_no_file(pipeline, tmp_path, capsys, stop, code):
     def generate(text, **_):
         raise stop("wanted a miracle,\ngot none")
@@ -222,7 +224,8 @@ def test_a_stop_while_sampling_leaves_no_file(pipeline, tmp_path, capsys, stop, 
     else:
         assert main(words) == code
     if code == 2:
-        assert capsys.readouterr().err == "t2ct: error: wanted a miracle, got none\n"
+        lacking = "not enough memory: " if stop is MemoryError else ""
+        assert capsys.readouterr().err == f"t2ct: error: {lacking}wanted a miracle, got none\n"
     assert not list(tmp_path.iterdir())
 
 
@@ -295,6 +298,10 @@ BAD_PHANTOM = {
     "negative seed": (["--seed", "-7"], "argument --seed: wanted an integer from 0"),
     "size": (["--size", "30", "32", "32"], "argument --size: wanted a multiple of 4, got 30"),
     "tiny": (["--size", "4", "4", "4"], "size: wanted"),
+    "huge": (["--size", "32768", "32768", "32768"], "size: wanted at most 1073741824 voxels"),
+    "finer than there is memory for": (["--spacing", "0.1", "1", "1"], "spacing: wanted three numbers of mm from 0.3"),
+    "nowhere": (["-o", ""], "output: wanted a folder, got ''"),
+    "spacing of a sheet": (["--sheet", "a.png", "--spacing", "1", "1", "1"], "--spacing: wanted none beside --sheet"),
 }
 
 

@@ -212,6 +212,10 @@ def test_what_is_asked_for_is_drawn_and_nothing_else():
         ([{"size": "large"}], ValueError, "wanted a dict with name"),
         ([3], TypeError, "wanted names, Findings or dicts, got int"),
         ("pleural effusion", TypeError, "wanted a list of findings, got str"),
+        (5, TypeError, "wanted a list of findings, got int"),
+        ([{"name": "cardiomegaly", "count": 5}], ValueError, "count of cardiomegaly: wanted nothing, got 5"),
+        ([{"name": "lung nodule", "count": 2.5}], TypeError, "wanted an integer as count, got 2.5"),
+        ([{"name": "lung nodule", "side": ["left"]}], TypeError, r"wanted a text as side, got \['left'\]"),
     ],
 )
 def test_findings_that_are_refused(findings, error, message):
@@ -228,6 +232,10 @@ def test_findings_that_are_refused(findings, error, message):
         ({"seed": 1, "size": (64, 64)}, ValueError, "size: wanted three"),
         ({"seed": 1, "size": (16, 16, 16.5)}, ValueError, "size: wanted three integers"),
         ({"seed": 1, "spacing": (1.0, float("nan"), 1.0)}, ValueError, "spacing: wanted three numbers"),
+        ({"seed": 1, "size": (16, 16, 16), "spacing": (0.1,) * 3}, ValueError, "of mm from 0.3 to 1000, got"),
+        ({"seed": 1, "size": (16, 16, 16), "spacing": (1e9,) * 3}, ValueError, "of mm from 0.3 to 1000, got"),
+        ({"seed": 1, "size": (2**15,) * 3, "spacing": (1, 1, 1)}, ValueError, "wanted at most 1073741824 voxels"),
+        ({"seed": 1, "size": (10**400, 16, 16)}, ValueError, "size: wanted three numbers >= 16"),
     ],
 )
 def test_grids_and_seeds_that_are_refused(arguments, error, message):

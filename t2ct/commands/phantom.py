@@ -58,19 +58,22 @@ def run(args: argparse.Namespace) -> None:
     if args.output is not None and args.seed is None:
         raise ValueError("--seed: wanted an integer from 0, got nothing")
     if args.sheet is not None:
+        if args.spacing:
+            raise ValueError(f"--spacing: wanted none beside --sheet, which shows whole patients, got {args.spacing}")
         if args.normal:
             raise ValueError("--sheet: wanted findings to draw, got --normal")
         if Path(args.sheet).suffix.lower() != ".png":
             raise ValueError(f"--sheet: wanted a file that ends in .png, got {args.sheet!r}")
         check_outputs([args.sheet], overwrite=args.overwrite)
     if args.output is not None:
-        _folder(args, Path(args.output))
+        _folder(args, args.output)
     if args.sheet is not None:
         _sheet(args)
 
 
-def _folder(args: argparse.Namespace, folder: Path) -> None:
-    check_output_folder(folder)
+def _folder(args: argparse.Namespace, output: str) -> None:
+    check_output_folder(output)
+    folder = Path(output)
     if folder.exists():
         check_outputs([folder / name for name in FILES], overwrite=args.overwrite)
 

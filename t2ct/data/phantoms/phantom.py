@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,11 +22,16 @@ from t2ct.data.phantoms.findings import FINDINGS, LABELS, Finding, Scene, comple
 from t2ct.data.phantoms.organs import FINDING_BITS, ORGAN, ORGANS, PART, PARTS
 from t2ct.data.phantoms.reports import write_report
 from t2ct.data.phantoms.scanner import scan
+from t2ct.files import check_output_folder
 
 if TYPE_CHECKING:
     from t2ct.data.volume import Volume
 
 FIELD_OF_VIEW = (352.0, 352.0, 320.0)  # mm: a whole adult chest
+# Vessels, ribs and skin are filled with points as dense as the finest axis, wherever the grid ends: 6 GB at 0.4 mm, and
+# eight times that at half of it.
+FINEST, COARSEST = 0.3, 1000.0  # mm
+MOST_VOXELS = 2**30  # which take some 40 GB while they are painted
 
 FindingLike = str | Finding | Mapping[str, object]
 
@@ -99,6 +105,7 @@ class Phantom:
         for the first of "finding bits" in the report, 2 for the second, …); report.json; preview.png."""
         import nibabel as nib
 
+        check_output_folder(folder)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         names = {"volume": "ct.nii.gz", "mask": "mask.nii.gz", "parts": "parts.nii.gz", "bits": "findings.nii.gz",
@@ -146,7 +153,7 @@ def describe(seed: int, findings: Sequence[FindingLike] | None = None) -> Descri
     seed = int(seed)
     if findings is None:
         wanted = draw_findings(stream(seed, "findings"))
-    elif isinstance(findings, (str, Mapping, Finding)):
+    elif isinstance(findings, (str, Mapping, Finding)) or not isinstance(findings, Iterable):
         raise TypeError(f"findings: wanted a list of findings, got {type(findings).__name__}")
     else:
         wanted = [Finding.of(f) for f in findings]
@@ -166,19 +173,21 @@ def phantom(
 
     findings: None draws them from the seed (about a quarter are normal), [] is a normal chest, otherwise names such as
     "pleural effusion", `Finding`s or dicts {"name": …, "side": …, "lobe": …, "size": …}; what is left out is drawn.
-    size: voxels (X, Y, Z), each at least 16. spacing: mm; by default the grid covers 352 x 352 x 320 mm, so that the
-    same seed on another grid is the same patient.
+    size: voxels (X, Y, Z), each at least 16, 2^30 in all at most. spacing: mm, at least 0.3; by default the grid covers
+    352 x 352 x 320 mm, so that the same seed on another grid is the same patient.
 
     Raises ValueError or TypeError for a seed that is not an integer >= 0, unknown findings, sides, lobes or sizes, and
     grids that are no grids. Same arguments, same bits.
     """
-    grid = _triple("size", size, 16)
+    grid = _triple("size", size, 16, MOST_VOXELS)
     size = (int(grid[0]), int(grid[1]), int(grid[2]))
     if any(v != int(v) for v in grid):
         raise ValueError(f"size: wanted three integers, got {grid}")
+    if prod(size) > MOST_VOXELS:
+        raise ValueError(f"size: wanted at most {MOST_VOXELS} voxels, got {' x '.join(map(str, size))} = {prod(size)}")
     if spacing is None:
         spacing = tuple(f / n for f, n in zip(FIELD_OF_VIEW, size, strict=True))  # type: ignore[assignment]
-    spacing = _triple("spacing", spacing, 0.1)
+    spacing = _triple("spacing", spacing, FINEST, COARSEST)
 
     text = describe(seed, findings)
     seed, present = int(seed), text.present
@@ -205,11 +214,12 @@ def phantom(
                    canvas.parts, canvas.bits)  # fmt: skip
 
 
-def _triple(name: str, value: object, least: float) -> tuple[float, float, float]:
+def _triple(name: str, value: object, least: float, most: float) -> tuple[float, float, float]:
     try:
         numbers = tuple(float(v) for v in value)  # type: ignore[attr-defined]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         numbers = ()
-    if len(numbers) != 3 or not all(np.isfinite(numbers)) or min(numbers) < least:
-        raise ValueError(f"{name}: wanted three numbers >= {least}, got {value!r}")
+    if len(numbers) != 3 or not all(least <= v <= most for v in numbers):
+        wanted = f"three numbers >= {least}" if name == "size" else f"three numbers of mm from {least:g} to {most:g}"
+        raise ValueError(f"{name}: wanted {wanted}, got {value!r:.200}")
     return numbers  # type: ignore[return-value]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from numbers import Integral, Real
 
 import numpy as np
 
@@ -36,6 +37,12 @@ class Finding:
     size_mm: float | None = None  # diameter of a nodule
     count: int | None = None
 
+    def __post_init__(self) -> None:
+        for key, value in vars(self).items():
+            kind, words = {"size_mm": (Real, "a number"), "count": (Integral, "an integer")}.get(key, (str, "a text"))
+            if (value is not None or key == "name") and (not isinstance(value, kind) or isinstance(value, bool)):
+                raise TypeError(f"findings: wanted {words} as {key}, got {value!r:.80}")
+
     @staticmethod
     def of(value: object) -> Finding:
         """From a name, a `Finding`, or a mapping of its fields. Raises TypeError or ValueError."""
@@ -48,7 +55,7 @@ class Finding:
             unknown = sorted(str(k) for k in value if k not in fields)
             if unknown or "name" not in value:
                 raise ValueError(f"findings: wanted a dict with name and any of {list(fields)[1:]}, got {dict(value)}")
-            return Finding(**value)
+            return Finding(**{k: v.item() if isinstance(v, np.generic) else v for k, v in value.items()})
         raise TypeError(f"findings: wanted names, Findings or dicts, got {type(value).__name__}")
 
     def as_dict(self) -> dict[str, object]:
@@ -134,8 +141,9 @@ class Disease:
                 drawn["side"] = "right"
             else:
                 drawn["lobe"] = "lower"
-        if f.size_mm is not None and self.name != "lung nodule":
-            raise ValueError(f"size_mm of {self.name}: wanted nothing, got {f.size_mm!r}")
+        for key in ("size_mm", "count"):
+            if getattr(f, key) is not None and self.name != "lung nodule":
+                raise ValueError(f"{key} of {self.name}: wanted nothing, got {getattr(f, key)!r}")
         return replace(f, **drawn)  # type: ignore[arg-type]
 
     def prepare(self, anatomy: Anatomy, f: Finding, rng: np.random.Generator) -> None:
