@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from t2ct.diffusion import as_integer
 from t2ct.text import form_prompt
 
 EMBEDDED = Path(__file__).parent / "assets" / "embedded"
@@ -19,32 +21,39 @@ FILES = {
     "clip": "clip.safetensors",
     "tokenizer": "tokenizer.json",
 }
+MIN_MM, MAX_MM = 1e-3, 1e6  # of a voxel: a NIfTI header keeps these, and knows the axes again
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_seed(seed: Any) -> int:
     """The seed as an int, or ValueError."""
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**63:
+    value = as_integer(seed)
+    if value is None or not 0 <= value < 2**63:
         raise ValueError(f"seed must be an integer from 0 to 2^63 - 1, got {seed!r}")
-    return int(seed)
+    return value
 
 
 def check_size(size: Any, factor: int) -> tuple[int, int, int]:
     """Three positive multiples of factor, or ValueError."""
-    values = tuple(size) if isinstance(size, (Sequence, np.ndarray, torch.Size)) and not isinstance(size, str) else ()
-    good = len(values) == 3 and all(isinstance(n, (int, np.integer)) and n > 0 and n % factor == 0 for n in values)
-    if not good:
+    values = [as_integer(n) for n in _listed(size)]
+    if len(values) != 3 or not all(n and 0 < n < 2**31 and n % factor == 0 for n in values):
         raise ValueError(f"size must be three positive multiples of {factor} (voxels), got {size!r}")
-    return tuple(int(n) for n in values)  # type: ignore[return-value]
+    return tuple(values)  # type: ignore[return-value]
 
 
 def check_spacing(spacing: Any) -> tuple[float, float, float]:
     """Three positive finite numbers, or ValueError."""
-    values = tuple(spacing) if isinstance(spacing, (Sequence, np.ndarray)) and not isinstance(spacing, str) else ()
-    good = len(values) == 3 and all(isinstance(v, (int, float, np.number)) and np.isfinite(v) and v > 0 for v in values)
-    if not good:
-        raise ValueError(f"spacing must be three positive numbers (mm), got {spacing!r}")
+    values: list[Any] = [v for v in _listed(spacing) if isinstance(v, Real) and not isinstance(v, bool)]
+    if len(values) != 3 or not all(MIN_MM <= v <= MAX_MM for v in values):
+        raise ValueError(f"spacing must be three positive numbers ({MIN_MM:g} to {MAX_MM:g} mm), got {spacing!r}")
     return tuple(float(v) for v in values)  # type: ignore[return-value]
+
+
+def _listed(values: Any) -> Sequence[Any]:
+    """The entries of a list, a tuple, an array or a tensor; none of anything else."""
+    if isinstance(values, (np.ndarray, Tensor)):
+        return values.tolist() if values.ndim == 1 else ()
+    return values if isinstance(values, Sequence) and not isinstance(values, (str, bytes)) else ()
 
 
 def find_device(device: str | torch.device | None) -> torch.device:
@@ -69,6 +78,17 @@ def find_dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype:
     if chosen not in DTYPES:
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {chosen}")
     return chosen
+
+
+def check_place(pipe: Any, device: Any, dtype: torch.dtype | None) -> None:
+    """ValueError where a loaded pipeline is asked to run on another device, or in another dtype, than it is in."""
+    if device is not None:
+        wanted = find_device(device)
+        # "cuda" is whichever of them
+        if wanted.type != pipe.device.type or wanted.index not in (None, pipe.device.index):
+            raise ValueError(f"device: wanted that of the loaded pipeline, {pipe.device}, or None, got {str(device)!r}")
+    if dtype is not None and dtype != pipe.dtype:
+        raise ValueError(f"dtype: wanted that of the loaded pipeline, {pipe.dtype}, or None, got {dtype}")
 
 
 def find_files(model: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:

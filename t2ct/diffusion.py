@@ -4,9 +4,10 @@ A latent at time t in [0, 1] is x_t = (1 - t) * x0 + t * noise; the network pred
 sampling walks from t = 1 to t = 0 by x += v * dt (Liu et al. 2022, arXiv 2209.03003; MAISI's RFlowScheduler).
 """
 
-import math
+import operator
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from numbers import Real
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 NUM_TRAIN_TIMESTEPS = 1000
 BASE_VOXELS = 32**3  # the latent size at which timesteps are not shifted, in the published configuration
+MAX_GUIDANCE = 1e6  # beyond it velocities overflow in every dtype
 SCHEDULES = ("compat", "exact")
 
 
@@ -43,9 +45,11 @@ def make_schedule(
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {SCHEDULES}, got {schedule!r}")
-    n = num_inference_steps
-    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= NUM_TRAIN_TIMESTEPS:
-        raise ValueError(f"num_inference_steps must be an integer from 1 to {NUM_TRAIN_TIMESTEPS}, got {n!r}")
+    n = as_integer(num_inference_steps) or 0
+    if not 1 <= n <= NUM_TRAIN_TIMESTEPS:
+        raise ValueError(
+            f"num_inference_steps must be an integer from 1 to {NUM_TRAIN_TIMESTEPS}, got {num_inference_steps!r}"
+        )
     if schedule == "exact":
         times = [shift_timestep(1 - i / n, voxels, base_voxels) for i in range(n + 1)]
         return [Step(t * NUM_TRAIN_TIMESTEPS, t - t_next) for t, t_next in zip(times, times[1:], strict=False)]
@@ -55,6 +59,16 @@ def make_schedule(
     half = [float(t) for t in np.array(shifted).astype(np.float16)]
     following = [int(t) for t in half[1:]] + [0]
     return [Step(t, (t - t_next) / NUM_TRAIN_TIMESTEPS) for t, t_next in zip(half, following, strict=True)]
+
+
+def as_integer(value: Any) -> int | None:
+    """Whatever is integral, numpy's and torch's integers too, as an int; None for anything else, bools too."""
+    if isinstance(value, (bool, np.bool_)):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 def add_noise(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -75,11 +89,8 @@ def guide(unconditional: Tensor, conditional: Tensor, guidance_scale: float) -> 
 
 def check_guidance_scale(guidance_scale: float) -> None:
     """ValueError unless the scale is a finite number."""
-    if (
-        isinstance(guidance_scale, bool)
-        or not isinstance(guidance_scale, (int, float))
-        or not math.isfinite(guidance_scale)
-    ):
+    good = isinstance(guidance_scale, Real) and not isinstance(guidance_scale, bool)
+    if not good or not abs(guidance_scale) <= MAX_GUIDANCE:
         raise ValueError(f"guidance_scale must be a finite number, got {guidance_scale!r}")
 
 

@@ -18,7 +18,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from t2ct import __version__, weights
-from t2ct.checks import FILES, check_seed, check_size, check_spacing, find_device, find_dtype, find_files, form_prompts
+from t2ct.checks import (
+    FILES,
+    check_place,
+    check_seed,
+    check_size,
+    check_spacing,
+    find_device,
+    find_dtype,
+    find_files,
+    form_prompts,
+)
 from t2ct.config import PipelineConfig
 from t2ct.data.volume import Volume
 from t2ct.diffusion import check_guidance_scale, guided, make_schedule, sample
@@ -72,6 +82,7 @@ class T2CTPipeline:
         dtype = find_dtype(dtype, device)
         files = find_files(model)
         config = PipelineConfig.from_json(files["config"]) if files["config"] is not None else PipelineConfig()
+        config.check_together()
         tokenizer = Tokenizer.from_file(files["tokenizer"])
         if tokenizer.vocab_size != config.clip.text.vocab_size:
             raise ValueError(
@@ -95,8 +106,8 @@ class T2CTPipeline:
 
         `from_pretrained(folder)` gives the same pipeline, bit for bit. Nothing is half-written.
         """
-        folder = Path(folder)
         check_output_folder(folder)
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         content = {folder / "config.json": self.config.to_json().encode()}
         content[folder / FILES["tokenizer"]] = self.tokenizer.to_json().encode()
@@ -145,7 +156,8 @@ class T2CTPipeline:
         if output_type not in OUTPUTS:
             raise ValueError(f"output_type must be one of {OUTPUTS}, got {output_type!r}")
         check_guidance_scale(guidance_scale)
-        size, spacing = check_size(size or self.size, self.config.factor), check_spacing(spacing or self.spacing)
+        size = check_size(self.size if size is None else size, self.config.factor)
+        spacing = check_spacing(self.spacing if spacing is None else spacing)
         shape = tuple(n // self.config.vae.factor for n in size)
         as_hu = output_type == "volume"
         if output_type != "latent":  # a budget that is too small shows before the sampling, not after
@@ -195,7 +207,7 @@ class T2CTPipeline:
             hu = torch.stack([(u.float() * 2000 - 1000).clamp_(-1000, 1000) for u in units])
             return hu if output_type == "pt" else hu.cpu().numpy()
         provenance = {
-            "steps": num_inference_steps,
+            "steps": int(num_inference_steps),
             "guidance": float(guidance_scale),
             "negative_prompt": negative_prompt,
             "schedule": self.config.schedule,
@@ -222,7 +234,8 @@ class T2CTPipeline:
     def estimate_seconds(self, size: Sequence[int] | None = None, num_inference_steps: int = 30) -> float:
         """About how long a guided volume of `size` takes here: times one pass of each network on a small latent and
         scales by voxels. Attention grows faster, so large volumes take somewhat longer."""
-        wanted = [n // self.config.vae.factor for n in check_size(size or self.size, self.config.factor)]
+        voxels_of = check_size(self.size if size is None else size, self.config.factor)
+        wanted = [n // self.config.vae.factor for n in voxels_of]
         f = self.config.unet.factor
         probe = tuple(max(f, min(n, 16) // f * f) for n in wanted)
         x = torch.zeros(1, self.config.unet.in_channels, *probe, device=self.device, dtype=self.dtype)
@@ -303,7 +316,8 @@ def generate(
     """A chest CT from the text of a report.
 
     text    a sentence or a report, or {"findings": …, "impression": …}, formed as the model was trained
-    model   default: the small model in the package; see `T2CTPipeline.from_pretrained`; or a loaded pipeline
+    model   default: the small model in the package; see `T2CTPipeline.from_pretrained`; or a loaded pipeline, which
+            stays where it is: another device or dtype is refused
     seed    >= 0; the same seed gives the same bits on the same device. None draws one, recorded in the volume
     size    voxels (X, Y, Z); spacing mm; default: what the model was trained on
     memory_budget, spool_dir  bytes or "6GB" for decoding, and a folder for what does not fit: `VAE.decode`
@@ -320,6 +334,8 @@ def generate(
         check_spacing(spacing)
     if memory_budget is not None:
         parse_bytes(memory_budget)
+    if isinstance(model, T2CTPipeline):
+        check_place(model, device, dtype)
     pipe = model if isinstance(model, T2CTPipeline) else _cached(model, device, dtype)
     return pipe(
         text,

@@ -24,18 +24,21 @@ def load_into(model: nn.Module, path: str | Path, device: torch.device, dtype: t
     are converted one by one, and the file's pages given back, so that the peak is what is kept plus one tensor.
 
     Returns {"hash": sha256 of the tensors, "extras": numbers that stood beside a wrapped state dict (scale_factor)}.
-    Raises FileNotFoundError, or ValueError naming what the file lacks (the first three keys), a shape that differs, a
-    truncated file, or a pickle that would need code to run.
+    Raises FileNotFoundError, or ValueError naming what the file lacks (the first three keys), a shape that differs,
+    integers for floating numbers, a truncated file, or a pickle that would need code to run.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"weights: wanted a file, got {path}")
     wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    floating = {key for key, value in model.state_dict().items() if value.is_floating_point()}
     source, extras = _open(path)
     _check(path, wanted, {key: _shape(source, key) for key in wanted if key in source.keys()})  # noqa: SIM118
     digest, loaded = hashlib.sha256(), {}
     for key in sorted(wanted):
         tensor = source.get_tensor(key)
+        if key in floating and not tensor.is_floating_point():
+            raise ValueError(f"weights: wanted floating numbers as {key}, got {tensor.dtype} in {path}")
         _hash(digest, key, tensor)
         target = dtype if tensor.is_floating_point() else tensor.dtype
         loaded[key] = tensor.to(device=device, dtype=target)

@@ -126,9 +126,14 @@ def test_bad_steps(steps):
         make_schedule(steps, 64)
 
 
+def test_whatever_is_integral_counts_steps():
+    assert make_schedule(np.int64(5), 64) == make_schedule(torch.tensor(5), 64) == make_schedule(5, 64)
+
+
 def test_bad_schedule_and_scale():
     with pytest.raises(ValueError, match=r"schedule must be one of \('compat', 'exact'\), got 'linear'"):
         make_schedule(3, 64, "linear")
-    for scale in (float("nan"), float("inf"), "5", True):
+    diffusion.check_guidance_scale(np.float32(3))
+    for scale in (float("nan"), float("inf"), 10**400, "5", True):
         with pytest.raises(ValueError, match="guidance_scale must be a finite number, got"):
             diffusion.check_guidance_scale(scale)

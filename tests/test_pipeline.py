@@ -1,5 +1,8 @@
 """Loading, generating, saving: on small random networks in the published layout, and on the embedded model."""
 
+import copy
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -175,6 +178,27 @@ def test_generate_with_files_and_defaults(published):
     assert again.shape == (16, 16, 32)
 
 
+def test_numbers_of_numpy_are_numbers(published, pipe):
+    given = dict(num_inference_steps=2, seed=3, size=(16, 16, 32), spacing=(20.0, 20.0, 10.0), guidance_scale=2.0)
+    arrays = dict(num_inference_steps=np.int64(2), seed=np.int64(3), size=np.array((16, 16, 32)),
+                  spacing=np.array((20, 20, 10), np.float32), guidance_scale=np.float32(2),
+                  memory_budget=np.int64(10**9))  # fmt: skip
+    one, other = (t2ct.generate(TEXT, model=pipe, progress=False, **numbers) for numbers in (given, arrays))
+    assert np.array_equal(one.hu, other.hu) and one.provenance == other.provenance and one.seed == other.seed
+    assert json.dumps(other.provenance)
+
+
+def test_a_loaded_pipeline_stays_where_it_is(pipe):
+    options = dict(model=pipe, seed=1, num_inference_steps=1, progress=False, size=(16, 16, 16))
+    t2ct.generate(TEXT, device=pipe.device, dtype=pipe.dtype, **options)
+    with pytest.raises(ValueError, match="dtype: wanted that of the loaded pipeline, torch.float32, or None, got"):
+        t2ct.generate(TEXT, dtype=torch.bfloat16, **options)
+    pipe = copy.copy(pipe)
+    pipe.device = torch.device("cuda", 1)
+    with pytest.raises(ValueError, match="device: wanted that of the loaded pipeline, cuda:1, or None, got 'cpu'"):
+        t2ct.generate(TEXT, device="cpu", **options | {"model": pipe})
+
+
 BAD = [
     (dict(text=""), ValueError, "prompt|text"),
     (dict(text=5), TypeError, "int"),
@@ -184,6 +208,12 @@ BAD = [
     (dict(size=(16, 16, 15)), ValueError, "size must be three positive multiples of 4 .*15"),
     (dict(size=(16, 16, 12)), ValueError, "size must be three positive multiples of 8 .*12"),
     (dict(size=(16, 16)), ValueError, "size must be three positive multiples"),
+    (dict(size=np.array([[16, 16, 16]])), ValueError, "size must be three positive multiples"),
+    (dict(size=(16.0, 16, 16)), ValueError, "size must be three positive multiples"),
+    (dict(spacing=(1, 1, 1e300)), ValueError, "spacing must be three positive numbers"),
+    (dict(spacing=(1, 1, 10**400)), ValueError, "spacing must be three positive numbers"),
+    (dict(text="\ud800"), ValueError, "text: wanted characters, got the lone surrogate"),
+    (dict(memory_budget=10**400), ValueError, "memory_budget: wanted a positive size"),
     (dict(spacing=(1, 0, 1)), ValueError, "spacing must be three positive numbers"),
     (dict(device="cuda:7"), ValueError, "device: wanted one that is there, got 'cuda:7'"),
     (dict(device="gpu"), ValueError, "device: wanted one that is there, got 'gpu'"),

@@ -38,6 +38,8 @@ def damage(kind, published, folder):
         torch.save({"weight": Evil()}, path)
     elif kind == "not a dict":
         torch.save([torch.ones(1)], path)
+    elif kind == "integers":
+        torch.save({k: v.int() for k, v in torch.load(published["vae"]).items()}, path)
     elif kind == "empty":
         path.write_bytes(b"")
     elif kind == "safetensors":
@@ -57,6 +59,7 @@ def damage(kind, published, folder):
         ("not a dict", "wanted a state dict of tensors, got list"),
         ("empty", "wanted a whole torch file"),
         ("safetensors", "wanted a whole safetensors file"),
+        ("integers", "wanted floating numbers as .*, got torch.int32"),
     ],
 )
 def test_bad_weights(kind, message, published, tmp_path, monkeypatch):
@@ -72,6 +75,14 @@ def test_bad_config(published, tmp_path):
         ({"format": "other"}, "wanted format"),
         ({"sizes": 3}, "no field 'sizes'"),
         ({"schedule": "x"}, "schedule"),
+        ({"base_voxels": 0}, "base_voxels: wanted an integer of at least 1, got 0"),
+        ({"class_label": 128}, "class_label: wanted an integer from 0 to 127, got 128"),
+        ({"scale_factor": float("inf")}, "scale_factor: wanted a finite number above 0, got inf"),
+        ({"scale_factor": 10**400}, "scale_factor: wanted a finite number above 0, got 1000"),
+        ({"size": [16, 16]}, r"size: wanted three positive multiples of 4, got \(16, 16\)"),
+        ({"vae": 5}, "vae: wanted an object of fields, got 5"),
+        ({"unet": {"norm_groups": 0}}, "UNetConfig.norm_groups: wanted"),
+        ({"clip": {"embed_dim": 8}}, "unet.cross_attention_dim: wanted 8, as the other networks have it, got 24"),
     ):
         with pytest.raises(ValueError, match=message):
             T2CTPipeline.from_pretrained(

@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import math
 import re
+from numbers import Real
 from pathlib import Path
 
 import torch
 
 UNITS = {"": 1, "B": 1} | {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}
 UNITS |= {f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)}
+MOST = 2.0**63  # bytes; no machine has them
 MARGIN = 0.9  # of what is free: other programs and the allocator's own pages want some
 _NUMBER = re.compile(r"\s*(\d+(?:\.\d*)?(?:e\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
-def parse_bytes(value: str | int | float, name: str = "memory_budget") -> int:
+def parse_bytes(value: str | Real | float, name: str = "memory_budget") -> int:
     """6_000_000_000 of "6GB", "6 GB", 6e9 or "6e9"; "6GiB" is 6 * 1024^3.
 
     Raises TypeError for what is no number or text, ValueError for text that says no size and for sizes below 1 byte.
     """
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+    if isinstance(value, bool) or not isinstance(value, (str, Real)):
         raise TypeError(f'{name}: wanted bytes such as 6e9 or "6GB", got {type(value).__name__}')
     number, unit = float("nan"), ""
     if not isinstance(value, str):
-        number = float(value)
+        number = float(value) if value < MOST else float("inf")
     elif match := _NUMBER.fullmatch(value):
         number, unit = float(match[1]), match[2].upper()
-    if unit not in UNITS or not math.isfinite(number) or number * UNITS[unit] < 1:
+    if unit not in UNITS or not 1 <= number * UNITS[unit] < MOST:
         raise ValueError(f'{name}: wanted a positive size such as "6GB", "6GiB" or 6e9, got {value!r}')
     return int(number * UNITS[unit])
 
