@@ -213,6 +213,12 @@ def test_refuses_headers_that_claim_what_is_not_there(tmp_path, kind, field, val
     assert "\n" not in str(caught.value)
 
 
+def test_refuses_to_write_more_voxels_than_a_header_counts(tmp_path):
+    with pytest.raises(ValueError, match=r"ct.nii: wanted at most 32767 voxels along an axis .*, got \(40000, 1, 1\)"):
+        save_volume(Volume(np.zeros((40000, 1, 1), np.int16), AFFINE), tmp_path / "ct.nii")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", ["ct.nii", "ct.nii.gz", "ct.png", "ct", "ct.txt"])
 def test_refuses_what_is_no_image(tmp_path, name):
     (tmp_path / name).write_bytes(b"the quick brown fox\n" * 100)

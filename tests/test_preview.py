@@ -126,7 +126,7 @@ def test_center_chooses_the_slices():
     assert np.abs(np.asarray(shown, int) - np.asarray(hidden, int)).max() > 100
 
 
-@pytest.mark.parametrize("center", [(-1, 0, 0), (0, 0, 16), (0, 0), (np.nan, 0, 0)])
+@pytest.mark.parametrize("center", [(-1, 0, 0), (0, 0, 16), (0, 0), (np.nan, 0, 0), 5, "abc"])
 def test_center_outside_is_refused(center):
     with pytest.raises(ValueError, match=r"center: wanted three voxel indices inside \(32, 32, 16\), got"):
         preview.render(Volume(*box()), center=center)

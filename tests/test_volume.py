@@ -58,6 +58,7 @@ def test_floats_are_rounded_to_nearest():
         (np.zeros((2, 2, 2), complex), TypeError, "hu: wanted real numbers, got dtype complex128"),
         (np.zeros((2, 2, 2), bool), TypeError, "hu: wanted real numbers, got dtype bool"),
         ("a chest", TypeError, "hu: wanted real numbers"),
+        ([[1, 2], [3]], ValueError, "hu: wanted an array, got list that makes none"),
     ],
 )
 def test_refuses_what_is_no_volume(hu, error, message):
@@ -73,6 +74,9 @@ def test_refuses_what_is_no_volume(hu, error, message):
         (np.diag([1.0, 1, 0, 1]), ValueError, "affine: wanted an invertible matrix"),
         (np.diag([1.0, 1, 1, 2]), ValueError, "affine: wanted the last row 0 0 0 1, got 0 0 0 2"),
         (np.diag([-1.0, 1, 1, 1]), ValueError, "affine: wanted axes closest to RAS, got LAS"),
+        (np.eye(4, dtype=complex), TypeError, "affine: wanted .* real numbers, got complex ones"),
+        (np.diag([1e100, 1e100, 1e100, 1]), ValueError, r"affine: wanted lengths up to 1e\+09 mm, got 1e\+100"),
+        (np.diag([1e-60, 1e-60, 1e-60, 1]), ValueError, "affine: wanted an invertible matrix"),
         ("eye", TypeError, r"affine: wanted a \(4, 4\) array of numbers, got str"),
     ],
 )

@@ -17,6 +17,7 @@ from t2ct.files import PathLike, check_outputs, write_files
 
 SYNTHETIC = "SYNTHETIC t2ct"
 NOTICE = "SYNTHETIC: not a scan of a person, not for diagnosis"
+LONGEST_AXIS = 2**15 - 1  # the header counts in int16
 MM_PER_UNIT = {"mm": 1.0, "meter": 1000.0, "micron": 0.001, "unknown": 1.0}
 
 
@@ -137,6 +138,8 @@ def encode_nifti(voxels: np.ndarray, affine: np.ndarray, path: PathLike, descrip
     import nibabel as nib
 
     sidecar_path(path)  # refuses other suffixes
+    if max(voxels.shape) > LONGEST_AXIS:
+        raise ValueError(f"{path}: wanted at most {LONGEST_AXIS} voxels along an axis of NIfTI-1, got {voxels.shape}")
     # An explicit dtype, because nibabel refuses to guess for int64 and would scale floats otherwise.
     image = nib.Nifti1Image(voxels, affine, dtype=voxels.dtype)
     # An oblique, sheared affine cannot be held by a qform; nibabel then stores the closest rotation there, and readers

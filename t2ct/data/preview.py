@@ -155,7 +155,11 @@ def scale_bar_mm(width_mm: float) -> float:
 def _slice_indices(volume: Volume, center: tuple[float, float, float] | None) -> tuple[int, ...]:
     if center is None:
         center = body_center(volume.hu)
-    elif len(center) != 3 or not all(0 <= value <= size - 1 for value, size in zip(center, volume.shape, strict=True)):
+    try:
+        inside = all(0 <= value <= size - 1 for value, size in zip(center, volume.shape, strict=True))
+    except (TypeError, ValueError):  # no numbers, or not three of them
+        inside = False
+    if not inside:
         raise ValueError(f"center: wanted three voxel indices inside {volume.shape}, got {center}")
     return tuple(round(value) for value in center)
 

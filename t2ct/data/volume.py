@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
+SMALLEST_MM, LARGEST_MM = 1e-9, 1e9  # of a voxel, and of anything
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -122,7 +123,10 @@ class Volume:
 
 def as_hu(values: Any) -> np.ndarray:
     """Validate (X, Y, Z) Hounsfield units and return them as int16, rounded and clipped; int16 comes back uncopied."""
-    hu = np.asarray(values)
+    try:
+        hu = np.asarray(values)
+    except ValueError as error:
+        raise ValueError(f"hu: wanted an array, got {type(values).__name__} that makes none ({error})") from None
     if hu.dtype.kind not in "iuf":
         raise TypeError(f"hu: wanted real numbers, got dtype {hu.dtype}")
     if hu.ndim != 3 or hu.size == 0:
@@ -140,6 +144,8 @@ def as_hu(values: Any) -> np.ndarray:
 
 def as_affine(values: Any) -> np.ndarray:
     """Validate a (4, 4) voxel → RAS affine in mm whose axes point closest to RAS; return it as float64."""
+    if np.iscomplexobj(values):
+        raise TypeError("affine: wanted a (4, 4) array of real numbers, got complex ones")
     try:
         affine = np.array(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
@@ -150,9 +156,11 @@ def as_affine(values: Any) -> np.ndarray:
         raise ValueError("affine: wanted finite values, got NaN or infinity")
     if not np.array_equal(affine[3], [0, 0, 0, 1]):
         raise ValueError(f"affine: wanted the last row 0 0 0 1, got {' '.join(f'{value:g}' for value in affine[3])}")
+    if np.abs(affine).max() > LARGEST_MM:  # a NIfTI header keeps it as float32
+        raise ValueError(f"affine: wanted lengths up to {LARGEST_MM:g} mm, got {np.abs(affine).max():g}")
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
     # The determinant of the unit axes is the volume they span: free of the voxel size, 1 when they are perpendicular.
-    if lengths.min() == 0 or abs(np.linalg.det(affine[:3, :3] / lengths)) < 1e-4:
+    if lengths.min() < SMALLEST_MM or abs(np.linalg.det(affine[:3, :3] / lengths)) < 1e-4:
         raise ValueError("affine: wanted an invertible matrix, got a singular one")
     from nibabel.orientations import aff2axcodes
 
