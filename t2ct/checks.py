@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ def find_device(device: str | torch.device | None) -> torch.device:
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise ValueError(
             f"device: wanted one that is there, got {str(device)!r} ({str(error).splitlines()[0][:100]})"
         ) from None
@@ -120,6 +120,8 @@ def form_prompts(prompt: Any, several: bool, embeds: Tensor | None) -> list[str]
         raise ValueError(f"wanted either prompt or prompt_embeds, got {'neither' if prompt is None else 'both'}")
     if prompt is None:
         return None
+    if several and not isinstance(prompt, Iterable):
+        raise TypeError(f"prompt: wanted a text, a report, or a list of them, got {type(prompt).__name__}")
     prompts = list(prompt) if several else [prompt]
     if not prompts:
         raise ValueError("prompt: wanted at least one text, got an empty list")

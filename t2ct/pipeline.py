@@ -178,7 +178,13 @@ class T2CTPipeline:
             if callback_on_step_end is None:
                 return None
             changed = callback_on_step_end(self, index, timestep, {"latents": x})
-            return changed.get("latents") if changed else None
+            if changed is not None and not isinstance(changed, Mapping):
+                raise TypeError(f"callback_on_step_end: wanted it to return a dict or None, got {changed!r:.80}")
+            new = changed.get("latents") if changed else None
+            if new is not None and (not isinstance(new, Tensor) or new.shape != x.shape):
+                got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
+                raise ValueError(f"callback_on_step_end: wanted latents {tuple(x.shape)}, got {got}")
+            return new
 
         with torch.no_grad(), bar:
             labels = torch.full((batch,), self.config.class_label, dtype=torch.long, device=self.device)
@@ -265,6 +271,8 @@ class T2CTPipeline:
 
     def _noise(self, generator: Any, latents: Tensor | None, shape: tuple[int, ...]) -> tuple[int | None, Tensor]:
         if latents is not None:
+            if not isinstance(latents, Tensor):
+                raise TypeError(f"latents: wanted a tensor, got {type(latents).__name__}")
             if tuple(latents.shape) != shape or not torch.isfinite(latents).all():
                 raise ValueError(f"latents must be finite, {shape}, got {tuple(latents.shape)}")
             return None, latents.to(self.device, self.dtype)
@@ -284,8 +292,12 @@ class T2CTPipeline:
 
     def _check_embeds(self, embeds: Tensor) -> Tensor:
         want = self.config.unet.cross_attention_dim
+        if not isinstance(embeds, Tensor):
+            raise TypeError(f"prompt_embeds: wanted a tensor, got {type(embeds).__name__}")
         if embeds.dim() != 3 or not embeds.shape[0] or not embeds.shape[1] or embeds.shape[2] != want:
             raise ValueError(f"prompt_embeds must be (B, L, {want}), got {tuple(embeds.shape)}")
+        if not torch.isfinite(embeds).all():
+            raise ValueError("prompt_embeds must be finite, got NaN or infinity")
         return embeds.to(self.device, self.dtype)
 
     def _time(self, run: Callable[[], Tensor]) -> float:

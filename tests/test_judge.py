@@ -187,6 +187,10 @@ def test_what_is_no_judge_is_refused(tmp_path):
     save_file({"a": torch.zeros(1)}, file, {"config": SMALL.to_json()})
     with pytest.raises(ValueError, match="wanted the weights of a judge"):
         load_judge(tmp_path)
+    state = Judge(SMALL).state_dict()
+    save_file(state | {"shift": state["shift"] * float("nan")}, file, {"config": SMALL.to_json()})
+    with pytest.raises(ValueError, match="wanted the weights of a judge, got .*shift is not finite"):
+        load_judge(tmp_path)
 
 
 def prepared(folder, labels):

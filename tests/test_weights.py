@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from small import SMALL
 
 from t2ct.config import PipelineConfig
@@ -68,6 +69,14 @@ def test_bad_weights(kind, message, published, tmp_path, monkeypatch):
         T2CTPipeline.from_pretrained(damage(kind, published, tmp_path), device="cpu")
     assert "\n" not in str(caught.value)
     assert not Path("evil-ran").exists()
+
+
+def test_adapters_that_are_no_pairs_are_named(published, tmp_path):
+    name, file = "middle_block.attention.transformer_blocks.0.attn1.to_q", tmp_path / "lora.safetensors"
+    for state in ({f"{name}.down": torch.zeros(2, 16)}, {f"{name}.down": torch.zeros(2), f"{name}.up": torch.zeros(2)}):
+        save_file(state, file, {"format": "t2ct-lora-1"})
+        with pytest.raises(ValueError, match=r"to_q wanted \(16, 16\), got no pair of matrices in"):
+            T2CTPipeline.from_pretrained(published, device="cpu", lora=file)
 
 
 def test_bad_config(published, tmp_path):

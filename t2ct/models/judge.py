@@ -219,6 +219,8 @@ def load_judge(path: str | Path, device: torch.device | str = "cpu") -> Judge:
             judge = Judge(JudgeConfig.from_json(told))
         floats = {k: v.to(device, torch.float32).contiguous() for k, v in state.items()}
         judge.load_state_dict(floats, assign=True)
+        if bad := [k for k, v in floats.items() if not v.isfinite().all()]:
+            raise ValueError(f"{bad[0]} is not finite")  # it would say nothing of any volume
     except (SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"judge: wanted the weights of a judge, got {file} ({reason})") from None

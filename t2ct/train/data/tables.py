@@ -100,7 +100,7 @@ def open_folder(
 def read_rows(folder: str | Path) -> list[Row]:
     """All volumes that the tables of a folder name, whether they are there or not. Errors as of `open_folder`."""
     root = Path(folder)
-    if not root.is_dir():
+    if not str(folder) or not root.is_dir():
         raise FileNotFoundError(f"data: wanted a folder or phantoms:N, got {str(folder)!r}, which is no folder")
     manifest = root / "manifest.csv"
     return list(_manifest(root, manifest) if manifest.is_file() else _ct_rate(root))

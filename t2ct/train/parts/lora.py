@@ -90,11 +90,13 @@ def apply_lora(model: nn.Module, path: str | Path) -> str:
     layers = dict(model.named_modules())
     with torch.no_grad():
         for name in sorted(key.removesuffix(".down") for key in found if key.endswith(".down")):
-            down, up = found[f"{name}.down"].float(), found[f"{name}.up"].float()
+            down, up = found[f"{name}.down"].float(), found.get(f"{name}.up", torch.empty(0)).float()
             layer = layers.get(name)
             wanted = tuple(layer.weight.shape) if isinstance(layer, nn.Linear) else None
-            if not isinstance(layer, nn.Linear) or wanted != (up.shape[0], down.shape[1]):
-                raise ValueError(f"lora: {name} wanted {wanted}, got {(up.shape[0], down.shape[1])} in {path}")
+            pair = down.ndim == up.ndim == 2 and up.shape[1] == down.shape[0]
+            got = (up.shape[0], down.shape[1]) if pair else "no pair of matrices"
+            if not isinstance(layer, nn.Linear) or wanted != got:
+                raise ValueError(f"lora: {name} wanted {wanted}, got {got} in {path}")
             weight = layer.weight.float() + (up @ down).to(layer.weight.device)
             layer.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False)
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
