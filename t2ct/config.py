@@ -63,7 +63,7 @@ class PipelineConfig:
         if not isinstance(source, Mapping):
             try:
                 content = json.loads(Path(source).read_text(encoding="utf-8"))
-            except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"config: wanted JSON, got {source} ({error})") from None
         if not isinstance(content, Mapping) or content.get("format", FORMAT) != FORMAT:
             got = content.get("format") if isinstance(content, Mapping) else type(content).__name__

@@ -300,6 +300,13 @@ def test_latents_are_marked_kept_and_refused(tmp_path, monkeypatch):
         encode_source(source, vae, "two", tmp_path, cpu, **options)
     with pytest.raises(ValueError, match="wanted an empty folder or those of data"):
         encode_source(open_data("phantoms:4", "train", SIZE), vae, "one", tmp_path, cpu, **options)
+    second.unlink()
+    with pytest.raises(ValueError, match=f"latents: wanted all shards of .*, got no {second.name}"):
+        LatentSource(tmp_path)
+    for content in ("{", "[]", '{"format": "t2ct-latents-1"}'):
+        (tmp_path / "index.json").write_text(content)
+        with pytest.raises(ValueError, match="latents: wanted what t2ct latents writes, got .*index.json"):
+            LatentSource(tmp_path)
     assert SHARD == 64
 
 

@@ -53,15 +53,21 @@ class LatentSource:
         path = folder / "index.json"
         if not path.is_file():
             raise FileNotFoundError(f"latents: wanted index.json, got none in {folder}; t2ct latents makes it")
-        self.folder, self.index = folder, json.loads(path.read_text(encoding="utf-8"))
-        if self.index.get("format") != FORMAT:
-            raise ValueError(f"latents: wanted format {FORMAT!r}, got {self.index.get('format')!r} in {path}")
-        if vae_hash and self.index["vae"] != vae_hash:
-            raise ValueError(
-                f"latents: wanted those of the VAE {vae_hash[:16]}, got {folder}, made by {self.index['vae'][:16]}"
-            )
-        self.entries = [Entry(e["name"], tuple(e["texts"])) for e in self.index["entries"]]
-        self.size = tuple(self.index["size"])
+        self.folder = folder
+        try:
+            self.index = json.loads(path.read_text(encoding="utf-8"))
+            known, vae = self.index["format"], str(self.index["vae"])
+            self.entries = [Entry(e["name"], tuple(e["texts"])) for e in self.index["entries"]]
+            self.size = tuple(self.index["size"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"latents: wanted what t2ct latents writes, got {path} ({error!r:.100})") from None
+        if known != FORMAT:
+            raise ValueError(f"latents: wanted format {FORMAT!r}, got {known!r} in {path}")
+        if vae_hash and vae != vae_hash:
+            raise ValueError(f"latents: wanted those of the VAE {vae_hash[:16]}, got {folder}, made by {vae[:16]}")
+        absent = [p for p in (_shard(folder, n) for n in range(-(-len(self.entries) // SHARD))) if not p.is_file()]
+        if absent:
+            raise ValueError(f"latents: wanted all shards of {path}, got no {absent[0].name}")
         self._open: dict[int, Any] = {}
 
     def __len__(self) -> int:

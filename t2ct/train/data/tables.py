@@ -65,9 +65,10 @@ def open_folder(
 ) -> FolderSource:  # fmt: skip
     """The volumes of `split` in a folder with manifest.csv, or shaped as CT-RATE.
 
-    manifest.csv: volume (a path inside the folder), report or findings and impression, optionally labels (18 zeros or
-    ones) and split (train, valid, test). CT-RATE: *_reports.csv with VolumeName, Findings_EN, Impressions_EN and
-    perhaps *_labels.csv; the volumes anywhere below; files named train… are for training, valid… for validation.
+    manifest.csv: volume (a path inside the folder, which may be a link), report or findings and impression, optionally
+    labels (18 zeros or ones) and split (train, valid, test). CT-RATE: *_reports.csv with VolumeName, Findings_EN,
+    Impressions_EN and perhaps *_labels.csv; the volumes anywhere below; files named train… are for training, valid… for
+    validation.
     Missing volumes, and missing reports or labels where they are needed, are counted and named in one error, or left
     out and added to `bad`.
     """
