@@ -87,6 +87,8 @@ def test_version():
 def test_explain(capsys):
     assert main(["explain", "--device", "cpu"]) == 0
     assert "backend" in capsys.readouterr().out
+    assert main(["explain", "--device", "fpga"]) == 2
+    assert capsys.readouterr().err == "t2ct: error: device: wanted cpu or cuda, got 'fpga'\n"
 
 
 def test_info(pipeline, capsys):
@@ -171,6 +173,8 @@ BAD_GENERATE = {
     "two sizes": (["x", "--size", "64", "64"], "argument --size: expected 3 arguments"),
     "spacing": (["x", "--spacing", "1", "1", "0"], "argument --spacing: wanted a length above 0 mm, got 0"),
     "NaN spacing": (["x", "--spacing", "1", "1", "nan"], "argument --spacing: wanted a finite number, got 'nan'"),
+    "memory": (["x", "--memory", "plenty"], "memory_budget: wanted a positive size such as .*got 'plenty'"),
+    "lone surrogate": (["a \udcff b"], "text: wanted characters, got the lone surrogate"),
     "dtype": (["x", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
     "model files": (["x", "--model", "vea=a.pt"], "argument --model: wanted a folder or vae=FILE,.*got 'vea=a.pt'"),
     "same file twice": (["x", "--model", "vae=a,vae=b"], "argument --model: wanted a folder or .*got 'vae=b'"),

@@ -67,7 +67,10 @@ def run(args: argparse.Namespace) -> None:
 
     from t2ct.data.preview import encode_png, render
     from t2ct.pipeline import T2CTPipeline, generate
+    from t2ct.stream import parse_bytes
 
+    if args.memory is not None:
+        parse_bytes(args.memory)  # before a model is loaded
     dtype = getattr(torch, args.dtype) if args.dtype else None
     pipe = T2CTPipeline.from_pretrained(args.model, device=args.device, dtype=dtype)
     size, spacing = tuple(args.size or pipe.size), tuple(args.spacing or pipe.spacing)
