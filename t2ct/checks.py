@@ -84,8 +84,8 @@ def check_place(pipe: Any, device: Any, dtype: torch.dtype | None) -> None:
     """ValueError where a loaded pipeline is asked to run on another device, or in another dtype, than it is in."""
     if device is not None:
         wanted = find_device(device)
-        # "cuda" is whichever of them
-        if wanted.type != pipe.device.type or wanted.index not in (None, pipe.device.index):
+        same = None in (wanted.index, pipe.device.index) or wanted.index == pipe.device.index  # "cuda": any of them
+        if wanted.type != pipe.device.type or not same:
             raise ValueError(f"device: wanted that of the loaded pipeline, {pipe.device}, or None, got {str(device)!r}")
     if dtype is not None and dtype != pipe.dtype:
         raise ValueError(f"dtype: wanted that of the loaded pipeline, {pipe.dtype}, or None, got {dtype}")

@@ -149,7 +149,7 @@ def _ct_rate(root: Path) -> Iterable[Row]:
     labels: dict[str, tuple[int, ...] | None] = {}
     for path in (path for path in below if fnmatch(path.name, "*label*.csv")):
         for where, line in _table(path, ("VolumeName", *LABELS)):
-            labels[line["VolumeName"]] = _labels(";".join(line[label] for label in LABELS), where)
+            labels[line["VolumeName"].strip()] = _labels(";".join(line[label] for label in LABELS), where)
     seen: dict[str, str] = {}
     for path in reports:
         stem = path.name.lower()
