@@ -50,15 +50,22 @@ struct Blocks {
   }
 
   // work(block, first byte, count of numbers, scratch) for every block; scratch: 5 P floats, and 2 C doubles.
+  // backwards: every thread goes through the blocks that it had before from the last to the first. What it read last
+  // is still in the cache then; going forwards, a tensor that the cache cannot hold would find nothing there.
   template <typename Work>
-  void each(Work work) const {
+  void each(Work work, bool backwards = false) const {
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
       std::vector<float> scratch(5 * P);
       std::vector<double> channel(2 * C);
-#pragma omp for schedule(static)
-      for (int64_t block = 0; block < total; ++block)
-        work(block, offset(block), block_voxels(block) * C, scratch.data(), channel.data());
+#pragma omp for schedule(static, 1)
+      for (int part = 0; part < threads; ++part) {
+        const int64_t begin = total * part / threads, end = total * (part + 1) / threads;
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t block = backwards ? begin + end - 1 - i : i;
+          work(block, offset(block), block_voxels(block) * C, scratch.data(), channel.data());
+        }
+      }
     }
   }
 
@@ -124,7 +131,7 @@ void group_apply(const NormShape& shape, const void* x, void* y, const float* me
   b.each([&](int64_t block, int64_t first, int64_t count, float* scratch, double*) {
     b.kernels.apply(static_cast<const char*>(x) + first, static_cast<char*>(y) + first, count, b.P,
                     b.pattern<2>(all, block, 0), b.pattern<2>(all, block, 1), silu, scratch);
-  });
+  }, true);
 }
 
 void group_norm(const NormShape& shape, const void* x, void* y, const float* weight, const float* bias, double eps,
@@ -187,7 +194,7 @@ void group_norm_backward(const NormShape& shape, const void* dy, const void* x, 
                        static_cast<char*>(dx) + first, count, b.P, b.pattern<4>(forward, block, 0),
                        b.pattern<4>(forward, block, 1), b.pattern<2>(backward, block, 0),
                        b.pattern<2>(backward, block, 1), silu, scratch);
-  });
+  }, true);
 }
 
 }  // namespace t2ct
