@@ -12,11 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from t2ct.models import CLIP3D, VAE, UNet
 from t2ct.models.judge import Judge
-from t2ct.models.text import TextLayer
-from t2ct.models.unet_blocks import ResBlock, SpatialTransformer
-from t2ct.models.vae import ResBlock as VAEBlock
-from t2ct.models.vision import CosineAttention
 from t2ct.train.config import CLIPTraining, JudgeTraining, LDMTraining, Training, VAETraining
+from t2ct.train.parts.blocks import blocks_of
 from t2ct.train.recipe import Recipe, placed
 
 
@@ -39,13 +36,10 @@ def probe_recipe(kind: str, config: Training, device: torch.device) -> Recipe:
 
 def checkpoint_blocks(parts: Mapping[str, nn.Module]) -> None:
     """Blocks compute their insides again for the gradient: only what goes in is kept. In place; same values."""
-    kinds = (ResBlock, SpatialTransformer, VAEBlock, TextLayer, CosineAttention)
     for part in parts.values():
-        for module in part.modules():
-            feed_forward = isinstance(module, nn.Sequential) and len(module) == 5  # the vision tower's
-            if isinstance(module, kinds) or feed_forward:
-                again = partial(checkpoint, type(module).forward, module, use_reentrant=False, preserve_rng_state=False)
-                module.forward = _when_trained(module, again)  # type: ignore[method-assign]
+        for module in blocks_of(part):
+            again = partial(checkpoint, type(module).forward, module, use_reentrant=False, preserve_rng_state=False)
+            module.forward = _when_trained(module, again)  # type: ignore[method-assign]
 
 
 def _when_trained(module: nn.Module, again: Callable[..., Any]) -> Callable[..., Any]:
