@@ -93,7 +93,7 @@ def test_what_a_gpu_is_asked_by_small_updates_is_a_bound_too(kind):
     config = CONFIGS[kind]
     predict = _measured(kind, config, CPU)
     micro = config.micro or config.batch
-    fixed, peak, seconds = predict(micro, False, "none")
+    fixed, peak, seconds = predict(micro, False, "none", "none")
     real = measured(kind, config, False, micro)
     assert fixed < real <= peak <= 1.2 * real and seconds() > 0
 
@@ -191,7 +191,8 @@ def test_a_gpu_leaves_to_the_host_what_it_must(ema, monkeypatch):
     left, seen = {"none": 0, "average": 10, "optimiser": 30}, []
 
     def made_up(kind, config, device, world):
-        def predict(micro, blocks, offload):
+        def predict(micro, blocks, offload, shard):
+            assert shard == "none"
             seen.append((offload, blocks, micro))
             fixed = 100 - left[offload]
             return 1e6 * fixed, 1e6 * (fixed + micro * (5 if blocks else 10)), lambda: 1.0
@@ -240,11 +241,11 @@ def test_moments_of_eight_bits_count_less():
     recipe = probe_recipe("ldm", config, torch.device("meta"))
     analytic = [fixed_bytes(replace(config, optimiser_bits=b), recipe, 1) for b in (32, 8)]
     assert analytic[0] - analytic[1] == pytest.approx(saved)
-    shared = fixed_bytes(replace(config, shard_optimiser=True), recipe, 1, world=4)
+    shared = fixed_bytes(replace(config, shard="optimiser"), recipe, 1, world=4)
     assert analytic[0] - shared == pytest.approx(0.75 * 8 * sum(sizes), rel=0.01)
-    plans = [make_plan("ldm", replace(config, shard_optimiser=s), CPU, world=4) for s in (False, True)]
+    plans = [make_plan("ldm", replace(config, shard=s), CPU, world=4) for s in ("none", "optimiser")]
     assert plans[0].fixed - plans[1].fixed == pytest.approx(analytic[0] - shared)
-    lone = replace(CONFIGS["clip"], shard_optimiser=True)  # its projection is most of it, and stays whole
+    lone = replace(CONFIGS["clip"], shard="optimiser")  # its projection is most of it, and stays whole
     clip = probe_recipe("clip", lone, torch.device("meta"))
     largest = max(p.numel() for p in clip.model.parameters())
     assert 8 * largest <= moments_of(lone, clip, 64) < moments_of(lone, clip) / 2

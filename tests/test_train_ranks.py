@@ -21,7 +21,7 @@ KINDS = {
     "clip": {"learning_rate": 1e-4, "tokenizer": "tokenizer.json", "label_weight": 1.0},
     "ldm": {"learning_rate": 1e-4, "latents": "sampled", "preview_steps": 1},
 }  # fmt: skip
-SHARED = KINDS["ldm"] | {"shard_optimiser": True, "matrix_learning_rate": 1e-3}
+SHARED = KINDS["ldm"] | {"shard": "optimiser", "matrix_learning_rate": 1e-3}
 COMMON = {"steps": 2, "batch": 4, "micro": 1, "precision": "float32", "ema": 0.5, "schedule": "constant", "warmup": 0}
 
 

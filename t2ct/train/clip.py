@@ -134,7 +134,8 @@ class CLIPRecipe(Recipe):
             scale = self.model.logit_scale.exp()
             return self.config.label_weight * self._asked((text,), batch["answers"], scale), {"scale": scale.item()}
         text, volume, scale = self.model(batch["ids"], batch["volume"].float())
-        text, volume, asked = text.float(), volume.float(), torch.zeros((), device=text.device)
+        # A copy, no view: fully_shard's hook for the gradient hangs on what is handed out.
+        text, volume, asked = text.float().clone(), volume.float(), torch.zeros((), device=text.device)
         if self.config.label_weight and torch.is_grad_enabled():
             asked = self._asked((text, volume), batch["answers"], scale)
         return text, volume, asked
@@ -154,14 +155,14 @@ class CLIPRecipe(Recipe):
             return super().gradients(part, call, micros, backward, autocast)
         cached = len(micros) > 1 or ranks()[1] > 1
         if self.quantizer._codebook.initted == 0:
-            self._first_codes(micros, autocast)
+            self._first_codes(part, call, micros, autocast)
         seed = torch.initial_seed()  # the update's
         if cached:
             made = []
             with torch.no_grad(), autocast():
                 for i, batch in enumerate(micros):
                     torch.manual_seed(seed + i)
-                    made.append(self.loss(part, batch))
+                    made.append(call(part, batch))
         else:
             with autocast():
                 self.quantizer.counting = True
@@ -211,13 +212,13 @@ class CLIPRecipe(Recipe):
         self.quantizer.counting = False
         return total.to(scale.device)
 
-    def _first_codes(self, micros: Sequence[Batch], autocast: Any) -> None:
+    def _first_codes(self, part: str, call: nn.Module, micros: Sequence[Batch], autocast: Any) -> None:
         """Codes begin as tokens of the first batch."""
         self.quantizer.forget()
         self.quantizer.counting = True
         with torch.no_grad(), autocast():
             for batch in micros:
-                self.model.encode_volume(batch["volume"].float())
+                call(part, batch)
         self.quantizer.counting = False
         self.quantizer.move(0)
 

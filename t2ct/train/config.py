@@ -20,6 +20,7 @@ from t2ct.stream import parse_bytes
 C = TypeVar("C")
 PRECISIONS = ("auto", "bf16", "fp16", "float32")
 OFFLOADS = ("none", "average", "optimiser")
+SHARDS = ("none", "optimiser", "all")
 SCHEDULES = ("cosine", "polynomial", "constant")
 
 
@@ -50,7 +51,10 @@ class Training:
     offload: str = key(
         "none", "what a device leaves to the host's memory: the average, or the optimisers too", choices=OFFLOADS
     )
-    shard_optimiser: bool = key(False, "each of several devices keeps and steps its share of the optimisers (ZeRO-1)")
+    shard: str = key(
+        "none", "what each of several devices keeps its share of: the optimisers (ZeRO-1), or weights and gradients "
+        "too (all: FSDP2)", choices=SHARDS
+    )  # fmt: skip
     checkpoint_blocks: bool = key(False, "compute the insides of blocks again for the gradient instead of keeping them")
     learning_rate: float = key(1e-4, "of Adam: of every parameter, or, beside Muon, of vectors and embeddings")
     matrix_learning_rate: float = key(0.0, "of Muon, for matrices and convolutions; 0: Adam for all")
@@ -92,6 +96,8 @@ class Training:
                 raise ValueError(f"{f.name}: wanted one of {wanted}, got {getattr(self, f.name)!r}")
         if self.memory:
             parse_bytes(self.memory, "memory")
+        if self.shard == "all" and self.optimiser_bits != 32:  # a block of 256 would lie on two devices
+            raise ValueError(f"shard: wanted none or optimiser beside optimiser_bits={self.optimiser_bits}, got 'all'")
 
 
 @dataclass(frozen=True)

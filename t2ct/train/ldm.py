@@ -132,6 +132,9 @@ class LDMRecipe(Recipe):
         return Samples(self.source, flows)  # type: ignore[arg-type]
 
     def loss(self, part: str, batch: Batch) -> tuple[Tensor, Shown]:
+        return self._error(self.model, batch), {}
+
+    def _error(self, model: nn.Module, batch: Batch) -> Tensor:
         """The error is squared by default, where the published recipe takes its absolute value: a flow follows the mean
         velocity. The median that the absolute error asks for is "no nodule" at every place, since a nodule is nowhere
         likelier than not."""
@@ -141,12 +144,12 @@ class LDMRecipe(Recipe):
             t = shift_timestep(t, x0[0, 0].numel(), c.model.base_voxels)
         label = torch.full((len(x0),), c.model.class_label, dtype=torch.long, device=x0.device)
         noisy = add_noise(x0, batch["noise"], t)
-        v = self.model(noisy, t * NUM_TRAIN_TIMESTEPS, batch["context"], label, batch["spacing"])
+        v = model(noisy, t * NUM_TRAIN_TIMESTEPS, batch["context"], label, batch["spacing"])
         error = v.float() - velocity(x0, batch["noise"])
         error = error.square() if c.loss == "squared" else error.abs()
         if "small" in batch:
             error = error * (1 + c.small_weight * (batch["small"].float() / FULL).clamp(max=1))[:, None]
-        return error.mean(), {}
+        return error.mean()
 
     @torch.no_grad()
     def _contexts(
@@ -176,8 +179,7 @@ class LDMRecipe(Recipe):
         for i in range(count):
             sample = flows(self.valid.read(i), (i, VALID_NUMBER + i, 0))
             sample["t"] = torch.tensor((i + 0.5) / count)
-            loss, _ = self.loss("unet", {k: v[None].to(device) for k, v in sample.items()})
-            losses.append(loss.item())
+            losses.append(self._error(weights, {k: v[None].to(device) for k, v in sample.items()}).item())
         return {"loss": sum(losses) / len(losses)}
 
     def preview(self, weights: nn.Module, folder: Path, step: int) -> None:

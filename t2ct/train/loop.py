@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
 from t2ct.train.checkpoint import Checkpoints
@@ -28,6 +27,7 @@ from t2ct.train.config import Training
 from t2ct.train.data.order import Micros, Order, reading
 from t2ct.train.data.source import BadVolume
 from t2ct.train.optim import Average, Optimisers, rate_factor
+from t2ct.train.parts import shard
 from t2ct.train.parts.machine import find_precision, kept_memory
 from t2ct.train.recipe import Batch, Call, Recipe, Shown, ranks, sum_ranks
 from t2ct.train.show.metrics import Metrics
@@ -51,29 +51,42 @@ class Run:
         self.precision = find_precision(config.precision, device)
         self.step = self.skipped = self.bad_row = 0
         self.best: dict[str, float] = {}
+        self.first = next(iter(recipe.parts))
+        self.shared = config.shard == "all" and ranks()[1] > 1
+        self.calls = {name: self._call(name) for name in recipe.parts}
         kept = {
             "host": config.offload == "optimiser", "bits": config.optimiser_bits,
-            "shard": ranks() if config.shard_optimiser else (0, 1),
+            "shard": ranks() if config.shard != "none" else (0, 1),
         }  # fmt: skip
         self.optimisers = {
             n: Optimisers(part, *recipe.rates(n), config.weight_decay, **kept)  # type: ignore[arg-type]
             for n, part in recipe.parts.items()
         }
-        self.first = next(iter(recipe.parts))
         self.average = Average(recipe.parts[self.first], config.ema, config.offload != "none")
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
         # What the scaler divides gradients by the scale of: it wants an optimiser, whichever of them will step.
-        self.handles = {n: torch.optim.SGD(o.live.values(), lr=0.0) for n, o in self.optimisers.items()}
-        self.calls: dict[str, nn.Module] = {}
-        for name, part in recipe.parts.items():
-            call = Call(part, recipe.loss)
-            self.calls[name] = DistributedDataParallel(call, broadcast_buffers=False) if ranks()[1] > 1 else call
+        self.handles = {
+            n: [torch.optim.SGD(some, lr=0.0) for some in shard.alike(o.live.values())]
+            for n, o in self.optimisers.items()
+        }
+
+    def _call(self, name: str) -> nn.Module:
+        """What computes a part's loss. Only the first is worth sharing out: a critic is small."""
+        part = self.recipe.parts[name]
+        call = Call(part, self.recipe.loss)
+        if self.shared and name == self.first:
+            self.hollow = shard.hollow(part)
+            shard.fully_shard(call, part, self.device)
+            return call
+        return DistributedDataParallel(call, broadcast_buffers=False) if ranks()[1] > 1 else call
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a checkpoint holds; of several ranks all must call, the first has it."""
-        kept = {f"part.{n}.{k}": v for n, part in self.recipe.parts.items() for k, v in part.state_dict().items()}
+        states = {name: part.state_dict() for name, part in self.recipe.parts.items()}
+        kept = {f"part.{n}.{k}": v for n, s in states.items() for k, v in shard.gathered(s, s).items()}
         kept |= {f"optim.{n}.{k}": v for n, o in self.optimisers.items() for k, v in o.state().items()}
-        return kept | {f"ema.{k}": v for k, v in self.average.weights.items()}
+        average = shard.gathered(self.average.weights, states[self.first])
+        return kept | {f"ema.{k}": v for k, v in average.items()}
 
     def facts(self) -> dict[str, Any]:
         """The numbers beside the tensors."""
@@ -92,10 +105,11 @@ class Run:
             return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
 
         for name, part in self.recipe.parts.items():
-            part.load_state_dict(under(f"part.{name}."))
+            part.load_state_dict(shard.as_shared(under(f"part.{name}."), part.state_dict()))
             self.optimisers[name].restore(under(f"optim.{name}."))
-        for key, value in under("ema.").items():
-            self.average.weights[key].copy_(value)
+        average = shard.as_shared(under("ema."), self.recipe.parts[self.first].state_dict())
+        for key, value in average.items():
+            self.average.weights[key].copy_(shard.local(value))
         self.step, self.skipped, self.bad_row = facts["step"], facts["skipped"], facts["bad_row"]
         self.best, self.average.updates = facts["best"], facts["average_updates"]
         if facts["scaler"]:
@@ -108,8 +122,14 @@ class Run:
 
     @contextmanager
     def averaged(self) -> Iterator[nn.Module]:
-        """The network with its averaged weights, in evaluation mode; afterwards as it was."""
+        """The network with its averaged weights, in evaluation mode; afterwards as it was. Of a shared one a copy that
+        is whole: all ranks must call."""
         model = self.recipe.parts[self.first]
+        if self.shared:
+            state = model.state_dict()
+            with torch.no_grad():
+                yield shard.filled(self.hollow, self.average.weights or state, state).eval()
+            return
         kept = model.state_dict().items() if self.average.decay else ()
         live = {k: v.detach().to("cpu" if self.average.host else v.device, copy=True) for k, v in kept}
         if live:
@@ -123,6 +143,15 @@ class Run:
                 model.load_state_dict(live)
             model.train()
 
+    @contextmanager
+    def shown(self) -> Iterator[nn.Module | None]:
+        """`averaged` for the first rank; the others, which must call where the network is shared, have None."""
+        if not self.shared and ranks()[0]:
+            yield None
+            return
+        with self.averaged() as weights:
+            yield None if ranks()[0] else weights
+
     def update(self, micros: list[Batch]) -> tuple[Tensor, Tensor, Shown] | None:
         """One update of every part: (loss, norm, shown) of the first, or None where a gradient was not finite."""
         told = None
@@ -133,10 +162,11 @@ class Run:
             optimiser = self.optimisers[name]
             optimiser.zero_grad()
             loss, shown = self.recipe.gradients(name, call, micros, self._backward, self.autocast)
-            if self.scaler.is_enabled():
-                self.scaler.unscale_(self.handles[name])
-            grads = [p.grad for p in optimiser.live.values() if p.grad is not None]
-            norm = get_total_norm(grads, foreach=True)
+            if optimiser.split:
+                shard.mean_whole(optimiser.live.values())
+            for handle in self.handles[name] if self.scaler.is_enabled() else ():
+                self.scaler.unscale_(handle)
+            norm = shard.total_norm(p.grad for p in optimiser.live.values() if p.grad is not None)
             finite = torch.isfinite(norm).cpu() & torch.isfinite(loss)
             bad = (~finite).float()
             sum_ranks([bad])  # a loss may be infinite on one rank alone; all of them must agree
@@ -146,7 +176,7 @@ class Run:
                     self.scaler.update()
                 return None
             if self.config.clip_norm and norm > self.config.clip_norm:  # else a multiplication by 1 of every gradient
-                clip_grads_with_norm_(optimiser.live.values(), self.config.clip_norm, norm, foreach=True)
+                shard.clip(optimiser.live.values(), self.config.clip_norm, norm)
             optimiser.step(rate_factor(self.step, self.config))
             told = told or (loss, norm, shown)
         if self.scaler.is_enabled():
@@ -210,9 +240,10 @@ def run(
             if seen:
                 _look(state, metrics, folder)
             every = getattr(config, "preview_every", 0)
-            if rank == 0 and hasattr(config, "preview_every") and (last or (every and state.step % every == 0)):
-                with state.averaged() as weights:
-                    recipe.preview(weights, folder / "previews", state.step)
+            if hasattr(config, "preview_every") and (last or (every and state.step % every == 0)):
+                with state.shown() as weights:
+                    if weights is not None:
+                        recipe.preview(weights, folder / "previews", state.step)
             late = rank == 0 and time.monotonic() - saved > 60 * config.save_minutes
             stop, late = _agree(bool(asked), late)
             due = late or (config.save_every and state.step % config.save_every == 0)
@@ -225,8 +256,8 @@ def run(
                 saved = time.monotonic()
             if stop and not last:
                 raise Preempted(state.step)
-    if rank == 0:
-        with state.averaged() as weights:
+    with state.shown() as weights:
+        if weights is not None:
             recipe.export(folder / "final", weights)
     if world > 1:
         dist.barrier()
@@ -296,7 +327,13 @@ def _note_output(name: str, found: list[str], module: nn.Module, inputs: Any, ou
 
 
 def _finite(x: Tensor) -> bool:
-    return not x.is_floating_point() or bool(torch.isfinite(x).all())
+    """Of a shared tensor: is all of it? All ranks must ask."""
+    if not x.is_floating_point():
+        return True
+    bad = (~torch.isfinite(shard.local(x)).all()).float()
+    if shard.is_shared(x):
+        sum_ranks([bad])
+    return not bad.item()
 
 
 @contextmanager

@@ -12,6 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from t2ct.train.config import Training
+from t2ct.train.parts.shard import gathered, is_shared, local, share_of, whole
+
+MESSAGE = 1 << 22  # numbers that travel between ranks at once: enough to be quick, little beside a network
 
 
 def rate_factor(step: int, config: Training) -> float:
@@ -34,7 +37,8 @@ class Optimisers:
     host: the optimisers step on copies in the host's memory, so that a device holds weights and gradients alone.
     bits: of Adam's moments; 8 needs torchao.
     shard: (rank, world): steps this rank's share of the parameters, and hands them round (Rajbhandari et al. 2020,
-    ZeRO stage 1).
+    ZeRO stage 1). Of a network that is shared itself (`parts.shard`) Adam steps the rows that are here; Muon needs
+    whole matrices, so each is put together on the rank that steps it.
     """
 
     def __init__(
@@ -42,16 +46,22 @@ class Optimisers:
         bits: int = 32, shard: tuple[int, int] = (0, 1),
     ):  # fmt: skip
         self.live = {k: p for k, p in model.named_parameters() if p.requires_grad}
-        self.shares = shared_out({k: p.numel() for k, p in self.live.items()}, shard[1])
-        own = {k: self.live[k] for k in self.shares[shard[0]]}
-        self.host = {k: nn.Parameter(p.detach().to("cpu", copy=True)) for k, p in own.items()} if host else {}
+        self.split, self.on_host = any(map(is_shared, self.live.values())), host
         embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         muons = {k for k, p in self.live.items() if matrix_rate and p.ndim > 1 and id(p) not in embeddings}
-        stepped = self.host or own
-        by_muon = {k: p for k, p in stepped.items() if k in muons}
+        handed = {k: p.numel() for k, p in self.live.items() if not self.split or k in muons}
+        self.shares = shared_out(handed, shard[1])
+        own = {k: p for k, p in self.live.items() if k in self.shares[shard[0]] or k not in handed}
+        # What is stepped in a live parameter's stead: its copy on the host, or its rows.
+        rows = {k: local(p) for k, p in own.items() if not (self.split and k in muons)}
+        copies = {k: p.to("cpu", copy=True) if host else p for k, p in rows.items()} if host or self.split else {}
+        self.apart = {k: nn.Parameter(p) for k, p in copies.items()}
+        stepped = self.apart or own
         rest = {k: p for k, p in stepped.items() if k not in muons}
         # Muon takes matrices: a convolution's weight (out, in, 3, 3, 3) is shown to it as (out, in * 27), a view.
-        self.matrices = {k: nn.Parameter(p.detach().view(len(p), -1)) for k, p in by_muon.items()}
+        self.matrices = {k: nn.Parameter(p.detach().view(len(p), -1)) for k, p in stepped.items() if k in muons}
+        if self.split:  # put together for each step: see `_gather`
+            self.matrices = {k: nn.Parameter(_nothing(p, host)) for k, p in own.items() if k in muons}
         self.rates = {"adam": rate, "muon": matrix_rate}
         self.optimisers: dict[str, torch.optim.Optimizer] = {}
         if rest:
@@ -68,14 +78,20 @@ class Optimisers:
 
     def step(self, factor: float) -> None:
         """One update at `factor` times the learning rates. On the host it takes the gradients along."""
-        for key, copy in self.host.items():
-            gradient = self.live[key].grad
-            copy.grad = None if gradient is None else gradient.to("cpu", copy=True)
+        for key, copy in self.apart.items():
+            gradient, now = self.live[key].grad, local(self.live[key])
+            if self.on_host:
+                copy.data.copy_(now)  # a recipe may have moved it, as CLIP3D's clamps its scale
+            else:
+                copy.data = now
+            copy.grad = None if gradient is None else local(gradient).to(copy.device, copy=self.on_host)
             self.live[key].grad = None
-            copy.data.copy_(self.live[key].data)  # a recipe may have moved it, as CLIP3D's clamps its scale
-        for key, matrix in self.matrices.items():
-            gradient = (self.host or self.live)[key].grad
-            matrix.grad = None if gradient is None else gradient.reshape(matrix.shape)
+        if self.split:
+            self._gather()
+        else:
+            for key, matrix in self.matrices.items():
+                gradient = (self.apart or self.live)[key].grad
+                matrix.grad = None if gradient is None else gradient.reshape(matrix.shape)
         for name, optimiser in self.optimisers.items():
             for group in optimiser.param_groups:
                 if isinstance(group["lr"], Tensor):  # torchao's, which compiles it in
@@ -86,33 +102,62 @@ class Optimisers:
         for matrix in self.matrices.values():
             matrix.grad = None  # a copy, where the gradient lay channels-last
         with torch.no_grad():
-            for key, copy in self.host.items():
-                self.live[key].copy_(copy)
+            for key, copy in self.apart.items():
+                if self.on_host:
+                    local(self.live[key]).copy_(copy)
                 copy.grad = None
             if len(self.shares) > 1:
                 self._hand_round()
 
-    def _hand_round(self) -> None:
-        """Every rank's parameters to all others, a message each."""
+    @torch.no_grad()
+    def _gather(self) -> None:
+        """Of a shared network the matrices and their gradients, whole, each to the rank that steps it."""
         for rank, keys in enumerate(self.shares):
-            if not keys:
-                continue
-            message = torch.cat([self.live[k].reshape(-1) for k in keys])
-            dist.broadcast(message, rank)
-            for key, values in zip(keys, message.split([self.live[k].numel() for k in keys]), strict=True):
-                self.live[key].copy_(values.view(self.live[key].shape))
+            for key in keys:
+                live = self.live[key]
+                parts = [whole(local(t), live) for t in (live, live.grad) if t is not None]
+                live.grad = None
+                if rank == dist.get_rank():
+                    matrix = self.matrices[key]
+                    matrix.data, *gradient = (t.view(len(live), -1).to(matrix.device) for t in parts)
+                    matrix.grad = gradient[0] if gradient else None
+
+    def _hand_round(self) -> None:
+        """What each rank has stepped to all others."""
+        for rank, keys in enumerate(self.shares):
+            for some in messages({k: self.live[k].numel() for k in keys}):
+                self._send(rank, some)
+        for matrix in self.matrices.values() if self.split else ():
+            matrix.data = _nothing(matrix, self.on_host)
+
+    def _send(self, rank: int, keys: list[str]) -> None:
+        parameters = [self.live[k] for k in keys]
+        sizes = [p.numel() for p in parameters]
+        message = local(parameters[0]).new_empty(sum(sizes))
+        if rank == dist.get_rank():
+            source = self.matrices if self.split else self.live
+            torch.cat([source[k].reshape(-1).to(message.device) for k in keys], out=message)
+        dist.broadcast(message, rank)
+        for parameter, values in zip(parameters, message.split(sizes), strict=True):
+            local(parameter).copy_(share_of(values.view(parameter.shape), parameter))
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor of the optimisers' memory, as "muon.key.momentum_buffer"; one of 8 bits as its parts,
         "adam.key.exp_avg:codes". Of several ranks all must call; the first gets the shares of all."""
         kept: dict[str, Tensor] = {}
+        shared: dict[str, Tensor] = {}
+        like: dict[str, Tensor] = {}
         for key, (name, parameter) in self.owners.items():
             for what, value in self.optimisers[name].state.get(parameter, {}).items():
+                if is_shared(self.live[key]) and name == "adam" and value.ndim:
+                    shared[f"{name}.{key}.{what}"], like[f"{name}.{key}.{what}"] = value, self.live[key]
+                    continue
                 if hasattr(value, "__tensor_flatten__"):
                     parts = value.__tensor_flatten__()[0]
                     kept |= {f"{name}.{key}.{what}:{part}": getattr(value, part) for part in parts}
                 elif isinstance(value, Tensor):
                     kept[f"{name}.{key}.{what}"] = value
+        kept |= gathered(shared, like)
         if len(self.shares) == 1:
             return kept
         every: list[Any] | None = [None] * len(self.shares) if dist.get_rank() == 0 else None
@@ -128,12 +173,32 @@ class Optimisers:
         for key, (name, parameter) in self.owners.items():
             kept = by_owner.get(f"{name}.{key}")
             if kept:
-                moments = {k: v.clone().to("cpu" if k == "step" else parameter.device) for k, v in kept.items()}
+                by_rows = name == "adam" and is_shared(self.live[key])
+                rows = {k: share_of(v, self.live[key]) if by_rows and v.ndim else v for k, v in kept.items()}
+                moments = {k: v.clone().to("cpu" if k == "step" else parameter.device) for k, v in rows.items()}
                 moments = _joined(moments, parameter.dtype)
                 fused = isinstance(self.optimisers[name], torch.optim.AdamW)
                 if fused and parameter.is_cuda and "step" in moments:  # it counts on its device
                     moments["step"] = moments["step"].to(parameter.device)
                 self.optimisers[name].state[parameter] = moments
+
+
+def _nothing(like: Tensor, host: bool) -> Tensor:
+    """A matrix without numbers in the place of one that is put together later."""
+    return torch.empty(0, 0, device="cpu" if host else like.device)
+
+
+def messages(sizes: dict[str, int]) -> list[list[str]]:
+    """The names of tensors that travel together: few messages, none with more than MESSAGE numbers of several."""
+    found: list[list[str]] = []
+    room = 0
+    for name, size in sizes.items():
+        if size > room:
+            found.append([])
+            room = MESSAGE
+        found[-1].append(name)
+        room -= size
+    return found
 
 
 def shared_out(sizes: dict[str, int], ranks: int) -> list[list[str]]:
@@ -180,13 +245,13 @@ def _joined(moments: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
 
 
 class Average:
-    """A float32 average of a network's parameters; buffers are copied. decay 0: none is kept; host: it lies in the
-    host's memory."""
+    """A float32 average of a network's parameters, of a shared one this rank's rows; buffers are copied. decay 0: none
+    is kept; host: it lies in the host's memory."""
 
     def __init__(self, model: nn.Module, decay: float, host: bool = False):
         self.decay, self.updates, self.host = decay, 0, host
         kept = model.state_dict().items() if decay else ()
-        self.weights = {k: v.detach().to("cpu" if host else v.device, copy=True) for k, v in kept}
+        self.weights = {k: local(v).to("cpu" if host else v.device, copy=True) for k, v in kept}
         self.parameters = {k for k, _ in model.named_parameters()}
 
     @torch.no_grad()
@@ -196,7 +261,7 @@ class Average:
             return
         self.updates += 1
         share = 1 - min(self.decay, self.updates / (self.updates + 9))
-        state = model.state_dict()
+        state = {k: local(v) for k, v in model.state_dict().items()}
         moving = [k for k in state if k in self.parameters and state[k].is_floating_point()]
         if self.host:  # one after another: the host need not hold all of them twice
             for key in moving:

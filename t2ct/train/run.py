@@ -282,7 +282,9 @@ def _train(
     recipe = build(kind, config, data, root, device, cache, quiet)
     if rank == 0 and not plan:
         found = _plan(kind, config, device, quiet)
-        plan = {"micro": found.micro, "checkpoint_blocks": found.checkpoint, "offload": found.offload}
+        plan = {
+            "micro": found.micro, "checkpoint_blocks": found.checkpoint, "offload": found.offload, "shard": found.shard
+        }  # fmt: skip
         content = {root / "config.toml": to_toml(config).encode()}
         write_files(content | {root / "run.json": json.dumps({**facts, **plan}, indent=1).encode()})
     if world > 1:  # what the first process decided holds for all
@@ -291,7 +293,7 @@ def _train(
         plan = plans[0]
     if plan["checkpoint_blocks"]:
         checkpoint_blocks(recipe.parts)
-    config = replace(config, offload=plan.get("offload", config.offload))
+    config = replace(config, **{name: plan.get(name, getattr(config, name)) for name in ("offload", "shard")})
     loop.run(recipe, config, root, device, plan["micro"], quiet)
     if rank == 0:
         write_report(root)
@@ -303,7 +305,7 @@ def _plan(kind: str, config: Training, device: torch.device, quiet: bool) -> Pla
     check_numbers(config, world)
     share = config.batch // world
     if not config.memory:
-        return Plan(config.micro or share, share, config.checkpoint_blocks, offload=config.offload)
+        return Plan(config.micro or share, share, config.checkpoint_blocks, offload=config.offload, shard=config.shard)
     told = partial(print, flush=True) if not quiet else lambda _: None
     plan = make_plan(kind, config, device, world, told)
     if not quiet:

@@ -56,8 +56,11 @@ class Cost:
 
 
 @lru_cache(maxsize=64)
-def count_update(kind: str, config: Training, micro: int, blocks: bool, device: torch.device) -> Cost:
-    """The cost of an update of config.batch samples, `micro` at once, on one CPU; blocks: computed again."""
+def count_update(
+    kind: str, config: Training, micro: int, blocks: bool, device: torch.device, standing: bool = False
+) -> Cost:
+    """The cost of an update of config.batch samples, `micro` at once, on one CPU; blocks: computed again; standing: the
+    gradients are there all the time, so that they may be taken off the peak."""
     parts = config.batch // micro
     gone = min(parts, MICROS)
     with shapes_alone(), by_itself(), _quiet(), FakeTensorMode(), _Count(_whole_number(config)) as count:
@@ -73,6 +76,8 @@ def count_update(kind: str, config: Training, micro: int, blocks: bool, device: 
         further = (parts - gone) * (count.now - before) / gone
         run.step = config.steps - 1  # when everything counts
         run.update(micros)  # the optimiser's memory comes with its first step
+        for optimisers in run.optimisers.values() if standing else ():
+            optimisers.zero_grad = lambda: None  # type: ignore[method-assign]
         count.restart()
         run.update(micros)
         del used

@@ -13,18 +13,29 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from t2ct.models import CLIP3D, VAE
 from t2ct.train.config import LDMTraining, Training
 from t2ct.train.memory.recipes import checkpoint_blocks, probe_recipe
-from t2ct.train.optim import moment_bytes, shared_out
+from t2ct.train.optim import MESSAGE, moment_bytes, shared_out
 from t2ct.train.parts.machine import find_precision
+from t2ct.train.parts.shard import units_of
 from t2ct.train.recipe import Recipe
 
 MARGIN = 1.1  # over the line through what is measured: small steps choose other kernels, allocators round up
 PROBE = 1 / 8  # of a volume's depth, at least
 CPU_VOXELS = 2**14  # of a probe on a CPU, about
+
+
+def rows_of(tensor: Tensor, world: int) -> int:
+    """Numbers of a tensor on each of so many devices that share it out by rows, filled up to the same for all."""
+    return -(-len(tensor) // world) * tensor[:1].numel() if tensor.ndim else 1
+
+
+def is_shared(config: Training, recipe: Recipe, name: str, world: int) -> bool:
+    """Do so many devices share out the weights of this part?"""
+    return config.shard == "all" and world > 1 and name == next(iter(recipe.parts))
 
 
 def moments_of(config: Training, recipe: Recipe, world: int = 1) -> float:
@@ -36,11 +47,13 @@ def moments_of(config: Training, recipe: Recipe, world: int = 1) -> float:
         muon = recipe.rates(name)[1] > 0
         embeddings = {id(m.weight) for m in part.modules() if isinstance(m, nn.Embedding)}
         live = {k: p for k, p in part.named_parameters() if p.requires_grad}
-        taken = {
-            k: moment_bytes(p.numel(), muon and p.ndim > 1 and id(p) not in embeddings, config.optimiser_bits)
-            for k, p in live.items()
-        }
-        shares = shared_out({k: p.numel() for k, p in live.items()}, world if config.shard_optimiser else 1)
+        muons = {k for k, p in live.items() if muon and p.ndim > 1 and id(p) not in embeddings}
+        taken = {k: moment_bytes(p.numel(), k in muons, config.optimiser_bits) for k, p in live.items()}
+        handed = live
+        if is_shared(config, recipe, name, world):  # Muon's matrices stay whole, each on one of the devices
+            handed = {k: live[k] for k in muons}
+            total += sum(moment_bytes(rows_of(live[k], world), False, 32) for k in live.keys() - muons)
+        shares = shared_out({k: p.numel() for k, p in handed.items()}, world if config.shard != "none" else 1)
         total += max(sum(taken[k] for k in share) for share in shares)
     return total
 
@@ -50,15 +63,42 @@ def fixed_bytes(config: Training, recipe: Recipe, share: int, world: int = 1) ->
     used; `share` samples of input."""
     total = float(share * sum(v.nbytes for v in recipe.example(torch.device("cpu"), 1).values()))
     total += moments_of(config, recipe, world)
-    for i, part in enumerate(recipe.parts.values()):
+    for i, (name, part) in enumerate(recipe.parts.items()):
         state = sum(v.nbytes for v in part.state_dict().values())
-        total += state + (state if i == 0 and config.ema and config.offload == "none" else 0)
-        total += sum(p.nbytes for p in part.parameters() if p.requires_grad)  # gradients
+        gradients = sum(p.nbytes for p in part.parameters() if p.requires_grad)
+        if is_shared(config, recipe, name, world):
+            less = {k: p.nbytes - 4 * rows_of(p, world) for k, p in part.named_parameters()}
+            state -= sum(less.values())
+            gradients -= sum(less[k] for k, p in part.named_parameters() if p.requires_grad)
+        total += state + gradients + (state if i == 0 and config.ema and config.offload == "none" else 0)
     if isinstance(config, LDMTraining):
         with torch.device("meta"):
             for used in (VAE(config.model.vae), CLIP3D(config.model.clip, towers=("text",))):
                 total += sum(v.nbytes for v in used.state_dict().values())
     return total
+
+
+def whole_bytes(config: Training, recipe: Recipe, world: int) -> tuple[float, float]:
+    """Bytes of what is whole for a while where so many devices share out what they keep: beside the activations, the
+    weights and gradients of two blocks, the one at work and the next, and of what lies outside blocks; and without
+    them, when the optimisers step or the network is looked at."""
+    name, network = next(iter(recipe.parts.items()))
+    if world == 1 or config.shard == "none":
+        return 0.0, 0.0
+    live = {k: p for k, p in network.named_parameters() if p.requires_grad}
+    message = 4.0 * max(MESSAGE, *(p.numel() for p in live.values()))
+    message = min(message, 4.0 * sum(p.numel() for p in live.values()))
+    if not is_shared(config, recipe, name, world):
+        return 0.0, message
+    blocks = sorted(sum(p.nbytes for p in unit.parameters()) for unit in units_of(network))
+    every = sum(p.nbytes for p in network.parameters())
+    shown = float(sum(v.nbytes for v in network.state_dict().values()))
+    shown += max(p.nbytes for p in live.values()) - 4 * sum(rows_of(p, world) for p in live.values())  # no gradients
+    matrices = 0.0
+    if recipe.rates(name)[1]:  # Muon's, a rank's share of them, with their gradients
+        handed = {k: p.numel() for k, p in live.items() if p.ndim > 1}
+        matrices = 8.0 * max(sum(handed[k] for k in share) for share in shared_out(handed, world))
+    return 2.0 * (every - sum(blocks[:-2])), max(shown, matrices + message)
 
 
 def peak_of(run: Callable[[], Any], device: torch.device) -> float:

@@ -11,13 +11,18 @@ from itertools import product
 import torch
 
 from t2ct.stream import parse_bytes
-from t2ct.train.config import OFFLOADS, CLIPTraining, Training
+from t2ct.train.config import OFFLOADS, SHARDS, CLIPTraining, Training
 from t2ct.train.memory.count import count_update, pace_of, seconds_of
-from t2ct.train.memory.measure import fixed_bytes, measure, moments_of
+from t2ct.train.memory.measure import fixed_bytes, measure, whole_bytes
 from t2ct.train.memory.recipes import probe_recipe
 from t2ct.train.parts.machine import find_precision
 
-LEFT = {"average": "the average", "optimiser": "average and optimisers"}
+LEFT = {
+    "none": "",
+    "average": ", the average in the host's memory",
+    "optimiser": ", average and optimisers in the host's memory",
+}
+SHARED = {"none": "", "optimiser": ", optimisers shared out", "all": ", weights, gradients and optimisers shared out"}
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class Plan:
     limit: float = 0.0
     steps: int = 0
     offload: str = "none"
+    shard: str = "none"
 
     def text(self) -> str:
         """The plan in a few lines."""
@@ -40,7 +46,7 @@ class Plan:
         cut = f"{self.share} samples an update and device, {self.micro} at once"
         return "\n".join((
             f"plan: {cut}, blocks {'computed again' if self.checkpoint else 'kept'} for the gradient"
-            + (f", {LEFT[self.offload]} in the host's memory" if self.offload != "none" else ""),
+            f"{SHARED[self.shard]}{LEFT[self.offload]}",
             f"predicted peak: {write_size(self.peak)}, of them {write_size(self.fixed)} weights, optimiser, average"
             + (f"; limit {write_size(self.limit)}" if self.limit else ""),
             f"predicted speed: {self.seconds:.3g} s an update, {hours:.3g} h for {self.steps} updates",
@@ -61,8 +67,9 @@ def write_size(size: float) -> str:
 def make_plan(
     kind: str, config: Training, device: torch.device, world: int = 1, told: Callable[[str], None] = lambda _: None
 ) -> Plan:  # fmt: skip
-    """The largest micro-batch that fits config.memory, with blocks kept if that fits, and on a GPU with average and
-    optimisers there if that fits; without a limit, as configured.
+    """The largest micro-batch that fits config.memory, with blocks kept if that fits, as little shared out among
+    several devices as fits, and on a GPU with average and optimisers there if that fits; without a limit, as
+    configured.
 
     told: is handed a line before everything that takes a moment. ValueError names the least memory where nothing fits.
     """
@@ -71,17 +78,16 @@ def make_plan(
     by = _measured if device.type == "cuda" else _counted
     predict = by(kind, replace(config, batch=share, memory=""), device, world)
     smallest = math.inf
-    tried = _offloads(config, device) if limit else [config.offload]
+    tried = _ways(config, device, world) if limit else [(config.shard, config.offload)]
     with torch.random.fork_rng(devices=[]):
-        for offload, blocks in product(tried, (True,) if config.checkpoint_blocks else (False, True)):
+        for (shard, offload), blocks in product(tried, (True,) if config.checkpoint_blocks else (False, True)):
             for micro in _micros(config, share, bool(limit)):
-                left = f", {LEFT[offload]} in the host's memory" if offload != "none" else ""
                 again = "computed again" if blocks else "kept"
-                told(f"plan: {micro} at once, blocks {again}{left}: what does it take?")
-                fixed, peak, seconds = predict(micro, blocks, offload)
+                told(f"plan: {micro} at once, blocks {again}{SHARED[shard]}{LEFT[offload]}: what does it take?")
+                fixed, peak, seconds = predict(micro, blocks, offload, shard)
                 smallest = min(smallest, peak)
                 if not limit or peak <= limit:
-                    return Plan(micro, share, blocks, fixed, peak, seconds(), limit, config.steps, offload)
+                    return Plan(micro, share, blocks, fixed, peak, seconds(), limit, config.steps, offload, shard)
     raise ValueError(f"memory: wanted at least {write_size(smallest)} for this network, got {config.memory}")
 
 
@@ -91,6 +97,14 @@ def _micros(config: Training, share: int, limited: bool) -> list[int]:
     return [m for m in range(most, 0, -1) if share % m == 0] if limited else [config.micro or share]
 
 
+def _ways(config: Training, device: torch.device, world: int) -> list[tuple[str, str]]:
+    """What to share out and what to leave to the host, the least first: other devices are nearer than the host."""
+    shards = [s for s in SHARDS[SHARDS.index(config.shard) :] if s != "all" or config.optimiser_bits == 32]
+    shards = shards if world > 1 else [config.shard]
+    first, *more = _offloads(config, device)
+    return [(s, first) for s in shards] + [(shards[-1], o) for o in more]
+
+
 def _offloads(config: Training, device: torch.device) -> list[str]:
     """What to leave to the host, the least first; a CPU's own memory is the host's, and nothing is won."""
     if device.type != "cuda":
@@ -98,20 +112,23 @@ def _offloads(config: Training, device: torch.device) -> list[str]:
     return [o for o in OFFLOADS[OFFLOADS.index(config.offload) :] if o != "average" or config.ema]
 
 
-Prediction = Callable[[int, bool, str], tuple[float, float, Callable[[], float]]]
+Prediction = Callable[[int, bool, str, str], tuple[float, float, Callable[[], float]]]
 
 
 def _counted(kind: str, config: Training, device: torch.device, world: int = 1) -> Prediction:
-    """(micro, blocks, offload) -> bytes that stand still, bytes at most, and how to learn the seconds of an update."""
+    """(micro, blocks, offload, shard) -> bytes that stand still, bytes at most, and how to learn the seconds of an
+    update."""
 
-    def predict(micro: int, blocks: bool, offload: str) -> tuple[float, float, Callable[[], float]]:
-        left = replace(config, offload=offload)
-        cost, others = count_update(kind, left, micro, blocks, device), 0.0
-        if config.shard_optimiser and world > 1:
+    def predict(micro: int, blocks: bool, offload: str, shard: str) -> tuple[float, float, Callable[[], float]]:
+        left, others, at_work, between = replace(config, offload=offload, shard=shard), 0.0, 0.0, 0.0
+        cost = count_update(kind, replace(left, shard="none"), micro, blocks, device, shard == "all" and world > 1)
+        if shard != "none" and world > 1:
             recipe = probe_recipe(kind, config, torch.device("meta"))
-            others = moments_of(left, recipe) - moments_of(left, recipe, world)
-        precision = find_precision(config.precision, device)
-        return cost.fixed - others, cost.peak - others, lambda: seconds_of(cost.work, pace_of(precision))
+            others = fixed_bytes(left, recipe, 0) - fixed_bytes(left, recipe, 0, world)
+            at_work, between = whole_bytes(left, recipe, world)
+        precision, fixed = find_precision(config.precision, device), cost.fixed - others
+        peak = max(cost.peak - others + at_work, fixed + between)
+        return fixed, peak, lambda: seconds_of(cost.work, pace_of(precision))
 
     return predict
 
@@ -121,12 +138,15 @@ def _measured(kind: str, config: Training, device: torch.device, world: int = 1)
     recipe = probe_recipe(kind, config, torch.device("meta"))  # for its sizes alone
     known: dict[bool, Callable[[int], tuple[float, float]]] = {}
 
-    def predict(micro: int, blocks: bool, offload: str) -> tuple[float, float, Callable[[], float]]:
-        fixed = fixed_bytes(replace(config, offload=offload), recipe, config.batch, world)
+    def predict(micro: int, blocks: bool, offload: str, shard: str) -> tuple[float, float, Callable[[], float]]:
+        left = replace(config, offload=offload, shard=shard)
+        fixed = fixed_bytes(left, recipe, config.batch, world)
+        at_work, between = whole_bytes(left, recipe, world)
         if blocks not in known:
             known[blocks] = measure(kind, config, device, blocks)
         activations, seconds = known[blocks](micro)
         cached = isinstance(config, CLIPTraining) and micro < config.batch
-        return fixed, fixed + activations, lambda: seconds * (config.batch // micro) * (2 if cached else 1)
+        peak = fixed + max(activations + at_work, between)
+        return fixed, peak, lambda: seconds * (config.batch // micro) * (2 if cached else 1)
 
     return predict
