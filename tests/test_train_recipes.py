@@ -140,7 +140,7 @@ def test_gradients_through_a_cache_are_those_of_the_whole_batch():
     loss, whole, book = clip_gradients(1)
     recipe, micros = clip_recipe(1)  # and those of autograd on the loss as it is written
     recipe.begin(0)
-    recipe._first_codes(micros, partial(torch.autocast, "cpu", enabled=False))
+    recipe._first_codes("clip", recipe.loss, micros, partial(torch.autocast, "cpu", enabled=False))
     text, volume, _ = recipe.loss("clip", micros[0])
     info_nce(text, volume, recipe.model.logit_scale.exp()).backward()
     plain = {k: p.grad for k, p in recipe.model.named_parameters() if p.grad is not None}
@@ -165,7 +165,8 @@ def test_both_passes_of_a_cache_draw_the_same_random_numbers():
     seen = {True: [], False: []}
     recipe.model.register_forward_hook(lambda m, i, out: seen[torch.is_grad_enabled()].append(out[1].detach()))
     recipe.begin(0)
-    recipe._first_codes(micros, partial(torch.autocast, "cpu", enabled=False))
+    recipe._first_codes("clip", recipe.loss, micros, partial(torch.autocast, "cpu", enabled=False))
+    seen[False].clear()
     torch.manual_seed(5)
     no = partial(torch.autocast, "cpu", enabled=False)
     recipe.gradients("clip", recipe.loss, micros, lambda loss: loss.backward(), no)

@@ -104,7 +104,9 @@ class Training:
 class VAETraining(Training):
     """L1 + KL + perceptual + adversarial, as MAISI, or the terms that need no other network."""
 
-    patches: tuple[tuple[int, int, int], ...] = key(((64, 64, 64), (128, 128, 128)), "voxels, one size after another")
+    patches: tuple[tuple[int, int, int], ...] = key(
+        ((64, 64, 64), (128, 128, 128)), "voxels, one size after another", within=SIZE
+    )
     patch_from: tuple[float, ...] = key((0.0, 0.8), "share of the steps after which each size begins", within=SHARE)
     augment: bool = key(True, "flips, quarter turns, zoom, rotation, brightness and contrast")
     kl_weight: float = key(1e-7, "of the KL divergence, summed over a sample")
@@ -127,9 +129,13 @@ class VAETraining(Training):
     def __post_init__(self) -> None:
         if not isinstance(self.patches, (tuple, list)) or not self.patches:
             raise ValueError(f"patches: wanted at least one size, such as [[64, 64, 64]], got {self.patches!r:.200}")
+        super().__post_init__()
+
+    def check_patches(self) -> None:
+        """ValueError unless patches, their order, volumes and networks fit: what is told apart, and looked at together
+        in the end."""
         for patch in self.patches:
             check_grid("patches", patch, self.model.vae.factor, self.model.size)
-        super().__post_init__()
         starts = self.patch_from
         if len(starts) != len(self.patches) or list(starts) != sorted(starts) or starts[0] != 0:
             raise ValueError(f"patch_from: wanted {len(self.patches)} rising shares from 0, got {starts}")

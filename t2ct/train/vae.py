@@ -73,6 +73,7 @@ class VAERecipe(Recipe):
         self, config: VAETraining, model: VAE, source: Source | None, valid: Source | None = None,
         bad: Path | None = None, perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
     ):  # fmt: skip
+        config.check_patches()
         self.config, self.model, self.source, self.valid, self.bad = config, model, source, valid, bad
         self.parts: dict[str, nn.Module] = {"vae": model}
         self.perceptual = perceptual

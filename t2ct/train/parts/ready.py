@@ -9,7 +9,7 @@ from typing import Any
 
 from t2ct.checks import FILES
 from t2ct.stream import parse_bytes
-from t2ct.train.config import CLIPTraining, JudgeTraining, LDMTraining, Training
+from t2ct.train.config import CLIPTraining, JudgeTraining, LDMTraining, Training, VAETraining
 from t2ct.train.data import open_data
 from t2ct.train.parts.folders import find_folder
 
@@ -23,7 +23,9 @@ def absolute(config: Training) -> Training:
 
 
 def check_numbers(config: Training, world: int = 1) -> None:
-    """ValueError unless `world` processes can share out a batch, and the memory is a size."""
+    """ValueError unless patches fit, `world` processes can share out a batch, and the memory is a size."""
+    if isinstance(config, VAETraining):
+        config.check_patches()
     if config.batch % world:
         raise ValueError(f"batch: wanted a multiple of the {world} processes, got {config.batch}")
     share = config.batch // world
