@@ -19,6 +19,11 @@ from t2ct.ops import norm_cpu, use_backend  # noqa: E402  after the switch
 from t2ct.ops.dispatch import native, why_not  # noqa: E402
 
 
+def pytest_configure(config):
+    # xdist hands out files with many tests first, which are the quick ones: a slow one would be left for last, alone
+    config.option.loadscopereorder = False
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m gpu` takes its pick
 def pytest_collection_modifyitems(items):
     for item in items:

@@ -73,7 +73,7 @@ def filled(module):
     return module.to(DEVICE)
 
 
-CONFIG = UNetConfig((8,), (True,), head_dim=16, cross_attention_dim=6, norm_groups=2)
+CONFIG = UNetConfig((16,), (True,), head_dim=16, cross_attention_dim=6, norm_groups=2)
 
 
 def vae_block():

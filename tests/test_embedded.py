@@ -45,7 +45,7 @@ def test_the_embedded_model_is_small():
 def test_the_embedded_model_draws_what_is_asked_for():
     """The judge finds a finding likelier where the prompt names it than where other prompts name others."""
     pipe = T2CTPipeline.from_pretrained(device="cpu")
-    made = pipe(list(FOLLOWED.values()), generator=3, num_inference_steps=12, output_type="np", progress=False)
+    made = pipe(list(FOLLOWED.values()), generator=3, num_inference_steps=8, output_type="np", progress=False)
     judge, _ = open_judge(None, None, "cpu", phantoms=True)
     says = judge(torch.from_numpy(np.stack(made)).float()[:, None]).numpy()
     ranks = []
@@ -58,9 +58,10 @@ def test_the_embedded_model_draws_what_is_asked_for():
 @needs_embedded
 def test_the_embedded_model_makes_a_chest():
     """Air around a body, aerated lungs in it, bone, and the same bits twice."""
+    told = {"device": "cpu", "num_inference_steps": 12, "progress": False}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        volume = t2ct.generate("Normal chest CT.", seed=0, device="cpu", progress=False)
+        volume = t2ct.generate("Normal chest CT.", seed=0, **told)
     assert min(volume.shape[:2]) >= 64
     assert volume.shape[2] >= 32
     hu, _ = coarsen(volume.hu, np.abs(np.diag(volume.affine)[:3]))
@@ -70,7 +71,7 @@ def test_the_embedded_model_makes_a_chest():
     assert 0.2 < (middle > -300).mean() < 0.8
     assert 0.05 < (hu < -600)[16:48, 16:48, 8:24].mean() < 0.8
     assert (hu > 200).mean() > 0.001
-    assert np.array_equal(volume.hu, t2ct.generate("Normal chest CT.", seed=0, device="cpu", progress=False).hu)
+    assert np.array_equal(volume.hu, t2ct.generate("Normal chest CT.", seed=0, **told).hu)
 
 
 @needs_embedded
@@ -80,7 +81,7 @@ def test_effusion_lies_on_the_side_that_was_asked_for():
     differences = []
     for side in ("right", "left"):
         prompts = [f"Large {side} pleural effusion."] * 4
-        made = pipe(prompts, generator=1, num_inference_steps=12, output_type="np", progress=False)
+        made = pipe(prompts, generator=1, num_inference_steps=8, output_type="np", progress=False)
         hu = np.stack([coarsen(one, pipe.spacing)[0] for one in made])
         back = hu[:, :, 14:30, 8:18]  # posterior, lower half of the chest
         right, left = back[:, 34:54].mean((1, 2, 3)), back[:, 10:30].mean((1, 2, 3))

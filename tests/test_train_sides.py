@@ -91,7 +91,7 @@ def test_twins_lie_side_by_side_and_whole_reports_come_in_the_end():
 
 
 def test_recombining_wants_text_alone_and_reports_it_can_read():
-    with pytest.raises(ValueError, match="recombine: wanted 0 to 1, got 2"):
+    with pytest.raises(ValueError, match="recombine: wanted a finite number from 0 to 1, got 2"):
         CLIPTraining(contrast_weight=0.0, label_weight=1.0, recombine=2.0)
     with pytest.raises(ValueError, match="recombine: wanted contrast_weight 0 and a label_weight.*got 1 and 1"):
         CLIPTraining(label_weight=1.0, recombine=0.5)

@@ -89,7 +89,7 @@ def test_answers_are_added_to_the_contrast_whole_and_through_a_cache():
         found[count] = loss, {k: p.grad for k, p in recipe.model.named_parameters() if p.grad is not None}
     recipe, (batch,) = labelled(1)
     recipe.begin(0)
-    recipe._first_codes([batch], NO_AUTOCAST)
+    recipe._first_codes("clip", recipe.loss, [batch], NO_AUTOCAST)
     text, volume, _ = recipe.loss("clip", batch)
     scale = recipe.model.logit_scale.exp()
     yes, no = recipe.model.encode_text(recipe.questions)[:, 0].chunk(2)

@@ -86,7 +86,8 @@ def train(
     """
     made = absolute(configure(kind, preset, config, **values))
     check_optimiser(made)
-    check_weights(kind, made)
+    alone = not _stages_left(kind, preset, made)
+    check_weights(kind, made, alone)
     spec = data or default_data(kind, preset)
     if spec is None:
         raise ValueError(f"data: wanted a folder or phantoms:N for the preset {preset}, got nothing")
@@ -101,10 +102,10 @@ def train(
         if made.threads:
             torch.set_num_threads(made.threads)
         root = Path(out)
-        alone = not _stages_left(kind, preset, made)
         named = not isinstance(made, LDMTraining) or made.start or (made.vae and made.clip)
         if alone and (named or not dry_run):  # what it costs may be asked before there is a VAE
             made = _resolved(kind, made, root, preset)
+        _check_labels(kind, preset, made, spec)
         if dry_run or not alone:  # else it is opened at once
             check_data(made, spec)
         if dry_run:
@@ -115,7 +116,6 @@ def train(
             raise ValueError("out: wanted a folder for the run, got nothing")
         for folder in (root, Path(cache or root)):
             check_output_folder(folder)
-        _check_labels(kind, preset, made, spec)
         _refuse_other(root, kind, preset, spec, resume)
         prepared = Path(cache) if cache else root / "cache"
         if not alone:

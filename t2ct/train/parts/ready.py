@@ -36,8 +36,9 @@ def check_numbers(config: Training, world: int = 1) -> None:
         raise ValueError(f"micro: wanted a divisor of {share} ({of}), got {config.micro}")
 
 
-def check_weights(kind: str, config: Training) -> None:
-    """FileNotFoundError, ValueError where the weights that a run is told to stand on are not there."""
+def check_weights(kind: str, config: Training, alone: bool) -> None:
+    """FileNotFoundError, ValueError where the weights that a run is told to stand on are not there. alone: no stage
+    before its own will make any."""
     if isinstance(config, LDMTraining):
         for part in ("vae", "clip"):
             if path := getattr(config, part):
@@ -47,7 +48,7 @@ def check_weights(kind: str, config: Training) -> None:
     if isinstance(config, CLIPTraining):
         if config.tokenizer and not Path(config.tokenizer).is_file():
             raise FileNotFoundError(f"tokenizer: wanted a tokenizer.json, got {config.tokenizer!r}, which is not there")
-        if config.freeze_text and not config.start:
+        if alone and config.freeze_text and not config.start:
             raise ValueError("freeze_text: wanted start=, the run whose reports the volumes are to meet, got none")
         if config.freeze_text and Path(config.start).is_file() and not config.tokenizer:
             raise ValueError("tokenizer: wanted that of the frozen text tower, got none beside a file of weights")
