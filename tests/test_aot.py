@@ -9,8 +9,7 @@ import pytest
 
 pytest.importorskip("triton")
 SCRIPT = Path(__file__).parent.parent / "benchmarks/aot.py"
-# launches, by a word in their names
-SOME = {"conv": "128 to 128", "attention": "D=32", "norm": "128", "resample": "128"}
+FAMILIES = ("conv", "attention", "norm", "resample")
 
 
 def compile_them(*arguments):
@@ -20,12 +19,12 @@ def compile_them(*arguments):
     return done.stdout
 
 
-@pytest.mark.parametrize("family", SOME)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_main_launches_compile(family):
-    out = compile_them("--family", family, "--match", SOME[family])
+    """One width of each family, which alone is compiled in bfloat16: float16's code is like it, and in the docs."""
+    out = compile_them("--family", family, "--match", "bfloat16")
     rows = [line for line in out.splitlines() if line.startswith("| ") and " | 90 | " in line]
     assert rows and ", 0 with a problem" in out
-    assert any("bfloat16" in row for row in rows)
     wide = {"conv": rows, "norm": [r for r in rows if "apply" in r]}
     for row in wide.get(family, []):  # 128-bit loads and stores of whole rows of channels
         assert all(int(cell) > 0 for cell in row.split("|")[7:9]), row
