@@ -29,6 +29,15 @@ WAYS = {  # of a run: (changes to micro.CONFIG, updates that are bad)
 LAST = "checkpoints/step-00000006.safetensors"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def leaves_no_trace():
+    """Threads and random numbers of this process as they were: other files' networks are drawn from them."""
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng(devices=[]):
+        yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """The folder of everything: what one process has made in one/, what two have in two/."""
