@@ -35,10 +35,11 @@ def check_seed(seed: Any) -> int:
 
 def check_size(size: Any, factor: int) -> tuple[int, int, int]:
     """Three positive multiples of factor, or ValueError."""
-    values = [as_integer(n) for n in _listed(size)]
-    if len(values) != 3 or not all(n and 0 < n < 2**31 and n % factor == 0 for n in values):
+    values = [as_integer(n) or 0 for n in _listed(size)]
+    if len(values) != 3 or not all(0 < n < 2**31 and n % factor == 0 for n in values):
         raise ValueError(f"size must be three positive multiples of {factor} (voxels), got {size!r}")
-    return tuple(values)  # type: ignore[return-value]
+    x, y, z = values
+    return x, y, z
 
 
 def check_spacing(spacing: Any) -> tuple[float, float, float]:
@@ -46,7 +47,8 @@ def check_spacing(spacing: Any) -> tuple[float, float, float]:
     values: list[Any] = [v for v in _listed(spacing) if isinstance(v, Real) and not isinstance(v, bool)]
     if len(values) != 3 or not all(MIN_MM <= v <= MAX_MM for v in values):
         raise ValueError(f"spacing must be three positive numbers ({MIN_MM:g} to {MAX_MM:g} mm), got {spacing!r}")
-    return tuple(float(v) for v in values)  # type: ignore[return-value]
+    x, y, z = map(float, values)
+    return x, y, z
 
 
 def _listed(values: Any) -> Sequence[Any]:

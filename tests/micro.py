@@ -101,7 +101,7 @@ def train_in_child(folder: str) -> None:
 
 
 def signalled_in_child(folder: str, number: int) -> None:
-    """With readers, in a group of its own, whose every process gets the signal after update 12."""
+    """With readers, in a group of its own, whose every process gets the signal while the run waits for them."""
     os.setsid()
     multiprocessing.set_start_method("fork", force=True)  # of the readers
     torch.set_num_threads(1)
@@ -109,10 +109,18 @@ def signalled_in_child(folder: str, number: int) -> None:
     config = replace(CONFIG, save_every=0, workers=2)
 
     class Signalled(MicroRecipe):
-        def after(self, step):
-            if step == 12:
-                os.killpg(0, number)
-                time.sleep(0.5)  # a reader that heeds it is gone by now
+        def samples(self):
+            made = super().samples()
+            plain = made.prepare
+
+            def prepare(item, draw):
+                time.sleep(0.05)  # longer than an update: whoever trains is waiting
+                if draw[1] == 50:
+                    os.killpg(0, number)
+                return plain(item, draw)
+
+            made.prepare = prepare
+            return made
 
     run(Signalled(config), config, Path(folder), torch.device("cpu"), CONFIG.micro, quiet=True)
 

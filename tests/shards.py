@@ -169,4 +169,5 @@ def together(folder, *jobs):
     store.unlink(missing_ok=True)
     while not errors.empty():
         found.append(errors.get())
-    return found
+    lost = [child.exitcode for child in children if child.exitcode]
+    return found or [(-1, f"a process ended with code {code}") for code in lost]

@@ -108,7 +108,6 @@ def test_what_is_refused(runs, tmp_path, capsys):
 
 def test_what_is_wrong_is_said_before_anything_is_made(tmp_path, capsys):
     """The stages of a preset may take hours; what ends the run after them, or a dry run that would, is said first."""
-    (tmp_path / "tokens").mkdir()
     for more, wanted in (
         (["--vae", str(tmp_path / "no")], "vae: wanted a finished run or a model's folder"),
         (["--memory", "24XB"], 'memory: wanted a positive size such as "6GB"'),

@@ -17,7 +17,7 @@ NOTES = {**conv.NOTES, **upsample_conv.NOTES}
 def explain_rows(device: str | torch.device | None = None) -> list[tuple[str, str, str, str]]:
     """(device, op, backend, reason) for every op on `device`, or on every device of this machine; for float32 tensors
     in channels-last memory. The backend is "none" where a forced one cannot run."""
-    if str(device).partition(":")[0] not in ("cpu", "cuda", "None"):
+    if device is not None and str(device).partition(":")[0] not in ("cpu", "cuda"):
         raise ValueError(f"device: wanted cpu or cuda, got {str(device)!r}")
     devices = [torch.device(device).type] if device else ["cpu"] + ["cuda"] * torch.cuda.is_available()
     return [(kind, op, *_why(op, table, kind)) for kind in devices for op, table in TABLES.items()]

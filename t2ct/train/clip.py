@@ -213,7 +213,8 @@ class CLIPRecipe(Recipe):
         return total.to(scale.device)
 
     def _first_codes(self, part: str, call: nn.Module, micros: Sequence[Batch], autocast: Any) -> None:
-        """Codes begin as tokens of the first batch."""
+        """Codes begin as tokens of the first batch. Through `call`, though its texts go unused: outside it a shared
+        network has no whole weights."""
         self.quantizer.forget()
         self.quantizer.counting = True
         with torch.no_grad(), autocast():

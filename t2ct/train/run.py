@@ -105,8 +105,8 @@ def train(
         named = not isinstance(made, LDMTraining) or made.start or (made.vae and made.clip)
         if alone and (named or not dry_run):  # what it costs may be asked before there is a VAE
             made = _resolved(kind, made, root, preset)
-        _check_labels(kind, preset, made, spec)
-        if dry_run or not alone:  # else it is opened at once
+        looked = _check_labels(kind, preset, made, spec)
+        if not looked and (dry_run or not alone):  # else it is opened at once; and large folders are not walked twice
             check_data(made, spec)
         if dry_run:
             told = partial(print, flush=True) if not quiet else lambda _: None
@@ -216,13 +216,13 @@ def _given(config: Training, stage: str) -> bool:
     return given or unasked or bool(config.start)
 
 
-def _check_labels(kind: str, preset_name: str, config: Training, data: str) -> None:
+def _check_labels(kind: str, preset_name: str, config: Training, data: str) -> bool:
     """ValueError where a later stage's CLIP3D lacks labels to learn from, or volumes for a batch: hours before it would
-    say so."""
+    say so. Were the data opened for that?"""
     told = [config, *(c for _, _, c in _stages_left(kind, preset_name, config))]
     clips = [c for c in told if isinstance(c, CLIPTraining)]
     if not any(c.label_weight for c in clips) or (Path(data) / "train" / "index.json").is_file():
-        return
+        return False
     try:
         source = open_data(data, "train", config.model.size, labels=True, skip_bad=config.skip_bad)
     except ValueError as error:
@@ -230,6 +230,7 @@ def _check_labels(kind: str, preset_name: str, config: Training, data: str) -> N
         raise ValueError(f"{error}; the CLIP3D of the preset {preset_name} learns from labels: {way}") from None
     if (batch := max(c.batch for c in clips)) > len(source):
         raise ValueError(f"batch: wanted at most the {len(source)} volumes of the data, got {batch} for the CLIP3D")
+    return True
 
 
 def _started(config: Training, folder: str, root: Path) -> Training:

@@ -170,7 +170,8 @@ class Anatomy:
         cx, cy, cz = (np.float32(c) for c in self.heart_centre)
         x, y, z = x - cx, y - cy, z - cz
         e = self.heart_axes
-        return tuple(e[k, 0] * x + e[k, 1] * y + e[k, 2] * z for k in range(3))  # type: ignore[return-value]
+        along, across, up = (e[k, 0] * x + e[k, 1] * y + e[k, 2] * z for k in range(3))
+        return along, across, up
 
     def heart(self, x: Array, y: Array, z: Array) -> Array:
         """Outer surface of the heart muscle."""

@@ -98,8 +98,8 @@ class Canvas:
     def _slices(self, low: Array, high: Array) -> Box:
         first = np.floor((low - self.origin) / self.spacing).astype(int)
         last = np.ceil((high - self.origin) / self.spacing).astype(int) + 1
-        return tuple(slice(max(0, a), max(0, min(n, b)))
-                     for a, b, n in zip(first, last, self.size, strict=True))  # type: ignore[return-value] # fmt: skip
+        x, y, z = (slice(max(0, a), max(0, min(n, b))) for a, b, n in zip(first, last, self.size, strict=True))
+        return x, y, z
 
     def at(self, box: Box) -> tuple[Array, Array, Array]:
         """Patient coordinates inside `box`, broadcastable."""

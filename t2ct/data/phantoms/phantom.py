@@ -186,7 +186,7 @@ def phantom(
     if prod(size) > MOST_VOXELS:
         raise ValueError(f"size: wanted at most {MOST_VOXELS} voxels, got {' x '.join(map(str, size))} = {prod(size)}")
     if spacing is None:
-        spacing = tuple(f / n for f, n in zip(FIELD_OF_VIEW, size, strict=True))  # type: ignore[assignment]
+        spacing = FIELD_OF_VIEW[0] / size[0], FIELD_OF_VIEW[1] / size[1], FIELD_OF_VIEW[2] / size[2]
     spacing = _triple("spacing", spacing, FINEST, COARSEST)
 
     text = describe(seed, findings)
@@ -222,4 +222,5 @@ def _triple(name: str, value: object, least: float, most: float) -> tuple[float,
     if len(numbers) != 3 or not all(least <= v <= most for v in numbers):
         wanted = f"three numbers >= {least}" if name == "size" else f"three numbers of mm from {least:g} to {most:g}"
         raise ValueError(f"{name}: wanted {wanted}, got {value!r:.200}")
-    return numbers  # type: ignore[return-value]
+    x, y, z = numbers
+    return x, y, z

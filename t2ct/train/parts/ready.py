@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from t2ct.checks import FILES
-from t2ct.stream import parse_bytes
 from t2ct.train.config import CLIPTraining, JudgeTraining, LDMTraining, Training, VAETraining
 from t2ct.train.data import open_data
 from t2ct.train.parts.folders import find_folder
@@ -23,15 +22,13 @@ def absolute(config: Training) -> Training:
 
 
 def check_numbers(config: Training, world: int = 1) -> None:
-    """ValueError unless patches fit, `world` processes can share out a batch, and the memory is a size."""
+    """ValueError unless patches fit, and `world` processes can share out a batch."""
     if isinstance(config, VAETraining):
         config.check_patches()
     if config.batch % world:
         raise ValueError(f"batch: wanted a multiple of the {world} processes, got {config.batch}")
     share = config.batch // world
-    if config.memory:
-        parse_bytes(config.memory, "memory")
-    elif share % (config.micro or share):
+    if not config.memory and share % (config.micro or share):  # with a limit the plan picks a divisor below it
         of = f"batch {config.batch}" + (f" over {world} processes" if world > 1 else "")
         raise ValueError(f"micro: wanted a divisor of {share} ({of}), got {config.micro}")
 
