@@ -4,13 +4,29 @@ Without a GPU the Triton kernels run in Triton's interpreter, on CPU tensors; th
 """
 
 import os
+from dataclasses import replace
 
 import pytest
-import torch
+
+# Two processes of two threads each on two cores took five times as long as one: threads that spin let nobody work.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+import torch  # noqa: E402  after the switch, which its OpenMP reads once
+
+
+def quicken_interpreter():
+    """Half of the interpreter's time goes into the operands of overflow checks that it then skips (`debug` is off)."""
+    try:
+        from triton.runtime.interpreter import interpreter_builder as builder
+
+        builder.options = replace(builder.options, sanitize_overflow=False)
+    except (ImportError, AttributeError, TypeError):
+        pass  # slower, but as right
+
 
 torch.backends.cudnn.allow_tf32 = False  # the reference in float32 is what others are held to
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    quicken_interpreter()
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # more threads than cores wait for one another
     workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
