@@ -32,7 +32,7 @@ from t2ct.train.config import CLIPTraining, LDMTraining, Training
 from t2ct.train.loop import Run
 from t2ct.train.memory.recipes import checkpoint_blocks, probe_recipe
 from t2ct.train.optim import moment_bytes
-from t2ct.train.recipe import by_itself
+from t2ct.train.recipe import Batch, by_itself
 
 MARGIN = 1.08  # what kernels take inside themselves besides: reordered weights, copies that no operator shows
 BLOCK = 16 * 16
@@ -75,16 +75,38 @@ def count_update(
         micros = [recipe.example(device, micro) for _ in range(gone)]
         further = (parts - gone) * (count.now - before) / gone
         run.step = config.steps - 1  # when everything counts
-        run.update(micros)  # the optimiser's memory comes with its first step
-        for optimisers in run.optimisers.values() if standing else ():
-            optimisers.zero_grad = lambda: None  # type: ignore[method-assign]
-        count.restart()
-        run.update(micros)
+        if standing or len(run.optimisers) > 1:  # with the gradients and moments that an update before left
+            run.update(micros)
+            for optimisers in run.optimisers.values() if standing else ():
+                optimisers.zero_grad = lambda: None  # type: ignore[method-assign]
+            count.restart()
+            run.update(micros)
+            peak = count.peak
+        else:
+            peak = _first_as_later(run, micros, count)
         del used
-        fixed, work = count.now + further - _saved(run, config.optimiser_bits), count.work
-        peak = count.peak - _saved(run, config.optimiser_bits)
+        saved = _saved(run, config.optimiser_bits)
+        fixed, peak, work = count.now + further - saved, peak - saved, count.work
     work = {name: amount * parts / gone for name, amount in work.items()}  # the optimiser's is little beside
     return Cost(MARGIN * (peak + further - fixed) + fixed, fixed, work)
+
+
+def _first_as_later(run: Run, micros: list[Batch], count: _Count) -> int:
+    """The peak of a later update of one network, from its first, in half the time: the moments, which the first step
+    makes, are there from the start."""
+    (optimisers,) = run.optimisers.values()
+    step, until = optimisers.step, [0]
+
+    def noted(factor: float) -> None:
+        until[0] = count.peak
+        step(factor)
+
+    optimisers.step = noted  # type: ignore[method-assign]
+    count.restart()
+    run.update(micros)
+    states = (state for o in optimisers.optimisers.values() for state in o.state.values())
+    moments = sum(v.nbytes for state in states for v in state.values() if isinstance(v, Tensor))
+    return max(until[0] + moments, count.peak)
 
 
 def _saved(run: Run, bits: int) -> float:
