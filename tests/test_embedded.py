@@ -45,7 +45,7 @@ def test_the_embedded_model_is_small():
 def test_the_embedded_model_draws_what_is_asked_for():
     """The judge finds a finding likelier where the prompt names it than where other prompts name others."""
     pipe = T2CTPipeline.from_pretrained(device="cpu")
-    made = pipe(list(FOLLOWED.values()), generator=3, num_inference_steps=8, output_type="np", progress=False)
+    made = pipe(list(FOLLOWED.values()), generator=3, num_inference_steps=5, output_type="np", progress=False)
     judge, _ = open_judge(None, None, "cpu", phantoms=True)
     says = judge(torch.from_numpy(np.stack(made)).float()[:, None]).numpy()
     ranks = []
@@ -58,7 +58,7 @@ def test_the_embedded_model_draws_what_is_asked_for():
 @needs_embedded
 def test_the_embedded_model_makes_a_chest():
     """Air around a body, aerated lungs in it, bone, and the same bits twice."""
-    told = {"device": "cpu", "num_inference_steps": 12, "progress": False}
+    told = {"device": "cpu", "num_inference_steps": 8, "progress": False}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         volume = t2ct.generate("Normal chest CT.", seed=0, **told)
@@ -80,8 +80,8 @@ def test_effusion_lies_on_the_side_that_was_asked_for():
     pipe = T2CTPipeline.from_pretrained(device="cpu")
     differences = []
     for side in ("right", "left"):
-        prompts = [f"Large {side} pleural effusion."] * 4
-        made = pipe(prompts, generator=1, num_inference_steps=8, output_type="np", progress=False)
+        prompts = [f"Large {side} pleural effusion."] * 3
+        made = pipe(prompts, generator=1, num_inference_steps=5, output_type="np", progress=False)
         hu = np.stack([coarsen(one, pipe.spacing)[0] for one in made])
         back = hu[:, :, 14:30, 8:18]  # posterior, lower half of the chest
         right, left = back[:, 34:54].mean((1, 2, 3)), back[:, 10:30].mean((1, 2, 3))

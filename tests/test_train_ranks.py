@@ -38,7 +38,8 @@ def train_one(root: Path, name: str, values: dict) -> None:
         values["tokenizer"] = str(root.parent / "tokenizer.json")
     if kind == "ldm":  # the same VAE and text tower for both
         values |= {"vae": str(root.parent / "model"), "clip": str(root.parent / "model")}
-    train(kind, "phantoms:8", root / name, preset="published", config=root.parent / f"{kind}.toml", quiet=True,
+    data = str(root / "ldm/latents") if name.startswith("ldm-") else "phantoms:8"
+    train(kind, data, root / name, preset="published", config=root.parent / f"{kind}.toml", quiet=True,
           device="cpu", resume=True, **(COMMON | values))  # fmt: skip
 
 
