@@ -63,7 +63,7 @@ def measured(kind, config, blocks, micro):
 
 
 EMULATED = pytest.mark.skipif(
-    not has_bfloat16(), reason="torch emulates bfloat16 products on this processor, slowly, in memory that no plan counts"
+    not has_bfloat16(), reason="torch emulates bfloat16 products on this processor, in memory that no plan counts"
 )
 CASES = [
     *((kind, "float32", False, 0) for kind in ("vae", "clip", "ldm")),

@@ -32,13 +32,14 @@ PROOF_SEED, PROMPT_SEED = 100_000, 300_000  # training takes seeds below 100000,
 # What prompts name, and how often 0, 1, 2 or 3 of them: the measurements were proven among these findings.
 KNOWN = (
     "pleural effusion", "pericardial effusion", "cardiomegaly", "consolidation", "lung nodule", "emphysema",
-    "atelectasis", "arterial wall calcification",
+    "atelectasis", "arterial wall calcification", "hiatal hernia",
 )  # fmt: skip
 SHARE_BY_COUNT = (0.12, 0.36, 0.34, 0.18)
 VISIBLE = {
     "pleural effusion": ("moderate", "large"),
     "pericardial effusion": ("moderate", "large"),
     "emphysema": ("moderate", "severe"),
+    "hiatal hernia": ("moderate", "large"),
 }
 VISIBLE_NODULE = (20, 30)  # mm
 TARGETS = {"accuracy": 0.95, "auc": 0.85, "side": 0.9, "hu": 40.0, "outline": 0.9}
@@ -48,8 +49,8 @@ TITLE = """# Does it listen?
 Printed by `python -m t2ct.eval.listens`. First the measurements alone, on phantoms that no threshold came from: does a
 fixed threshold find what is there? Then the same measurements on volumes generated from the prompts of other phantoms:
 AUC, the area under the ROC curve, says how often a volume whose prompt names the finding measures more than one whose
-prompt does not (0.5: chance). Effusions and emphysema are at least moderate and nodules 20 to 30 mm here: what the grid
-can show."""
+prompt does not (0.5: chance). Effusions, emphysema and hernias are at least moderate and nodules 20 to 30 mm here: what
+the grid can show."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,9 @@ class Report:
 def visible(seed: int) -> list[Finding]:
     """The findings of evaluation phantom `seed`: drawn as for training, in sizes that a 5.5 x 5.5 x 10 mm grid shows.
 
-    What is to be seen must be two voxels thick: effusions are moderate or large, emphysema moderate or severe, nodules
-    20 to 30 mm. Everything else, and the findings that are not measured, come in all sizes. Nothing is dropped.
+    What is to be seen must be two voxels thick: effusions and hernias are moderate or large, emphysema moderate or
+    severe, nodules 20 to 30 mm. Everything else, and the findings that are not measured, come in all sizes. Nothing is
+    dropped.
     """
     rng = np.random.default_rng([seed, 300])
     findings = []

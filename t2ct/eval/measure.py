@@ -48,6 +48,7 @@ RULES = {
     "lung nodule": Rule("nodule", 459.0, "HU"),
     "pericardial effusion": Rule("pericardial fluid", 119.0, "ml"),
     "arterial wall calcification": Rule("calcification", 303.0, "HU"),
+    "hiatal hernia": Rule("gas behind heart", 18.3, "ml"),
 }
 ANATOMY = ("lung HU", "liver HU", "heart HU", "body HU", "body area")
 
@@ -107,6 +108,7 @@ def measure(hu: np.ndarray, spacing: Sequence[float]) -> dict[str, float]:
     nodule                                    HU by which the most compact blob in the lungs stands out
     pericardial fluid                         ml of fluid density in the front half of the pericardium
     calcification                             HU of the brightest mediastinal voxel above its 95th percentile
+    gas behind heart                          ml of gas between heart and spine, where only a hernia brings it
     lung HU, liver HU, heart HU, body HU      mean of aerated lung; median of two organs; mean inside the skin
     body area                                 cm2, mean cross-section
     Always finite: what is not there measures 0.
@@ -122,6 +124,7 @@ def measure(hu: np.ndarray, spacing: Sequence[float]) -> dict[str, float]:
         "nodule": nodule_contrast(f),
         "pericardial fluid": pericardial_fluid(f),
         "calcification": calcification(f),
+        "gas behind heart": gas_behind_heart(f),
         **anatomy(f),
     }
 
@@ -235,6 +238,13 @@ def calcification(f: Frame) -> float:
     of contrast medium if there is any."""
     here = f.body & (np.abs(f.x) < 45) & (f.y > -25) & (f.y < 55) & (f.z > -70) & (f.z < 90)
     return _statistic(f.hu[here], lambda v: v.max() - np.percentile(v, 95))
+
+
+def gas_behind_heart(f: Frame) -> float:
+    """ml of gas at the midline between the heart and the spine, above the diaphragm. A stomach there holds gas; lung
+    reaches in by a few voxels, the trachea has divided higher up."""
+    here = f.body & (f.x > -20) & (f.x < 15) & (f.y > -50) & (f.y < -10) & (f.z > -80) & (f.z < -30)
+    return float((here & (f.hu < -200)).sum()) * f.millilitres
 
 
 def anatomy(f: Frame) -> dict[str, float]:
