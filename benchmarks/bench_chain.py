@@ -4,6 +4,8 @@ Each peer first proves its values and gradients against float64 on a small odd v
 size that is timed, that it agrees with the others. The GPU's matrix is kernels' own; the CPU's is small.
 """
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,11 +15,12 @@ from t2ct.kernels import block_plan
 
 from t2ct.ops import group_norm_silu, group_norm_silu_conv3d, upsample_conv3d, use_backend
 from t2ct.ops.dispatch import why_not
+from t2ct.stream.budget import free_memory
 
 LAST = torch.channels_last_3d
 if CUDA:
-    SIZES = [(c, (128, 128, 32)) for c in (64, 128, 256, 512)] + [(c, (256, 256, 64)) for c in (64, 128, 256)]
-    SIZES += [(64, (512, 512, 128))]
+    SIZES = [(c, size) for size in ((128, 128, 32), (256, 256, 64)) for c in (64, 128, 256, 512)]
+    SIZES += [(c, (512, 512, 128)) for c in (64, 128)]
     DTYPES = (torch.float16, torch.bfloat16)
 else:
     SIZES, DTYPES = [(64, (64, 64, 64))], (torch.float32, torch.bfloat16)
@@ -81,6 +84,10 @@ def laid(case, layout):
     return x.contiguous(memory_format=layout), gw, gb, w.contiguous(memory_format=layout), b
 
 
+def values(fn, case, dy):
+    return [fn(*case)]
+
+
 def gradients(fn, case, dy):
     leaves = [t.detach().requires_grad_() for t in case]
     y = fn(*leaves)
@@ -107,21 +114,25 @@ def test_chain(c, size, dtype, gradient, race, benchmark):
     benchmark.group = name.replace("torch.", "")
     case = tensors(c, size, dtype)
     itemsize, shape = case[0].element_size(), tuple(case[0].shape)
-    if gradient and case[0].numel() > 2**29:
-        pytest.skip("activations of this size with their gradients do not fit every peer")
+    needed, free = (12 if gradient else 6) * case[0].nbytes, free_memory(DEVICE)  # both layouts, what eager keeps
+    if needed > free:
+        pytest.skip(f"wanted {needed / 1e9:.0f} GB for every peer's activations, got {free / 1e9:.0f} GB")
     todo, first, dy = {}, None, torch.randn_like(case[0]) if gradient else None
     for peer, (fn, layout, backend) in peers(dtype).items():
         prove(fn, layout, backend, c, dtype)
         arguments = laid(case, layout)
-        if gradient:
-            todo[peer] = lambda b=backend, fn=fn, a=arguments: forced(b, gradients)(fn, a, dy)
+        run = partial(forced(backend, gradients if gradient else values), fn, arguments, dy)
+        try:
+            with torch.set_grad_enabled(gradient):
+                y = run()[0][..., :16, :16, :16].float()
+        except RuntimeError as reason:  # of more numbers than a peer takes; ours takes them all
+            if peer.startswith("t2ct"):
+                raise
+            benchmark.extra_info[f"{peer} left out"] = str(reason).partition("\n")[0]
             continue
-        fn = forced(backend, fn)
-        todo[peer] = lambda fn=fn, a=arguments: fn(*a)
-        with torch.no_grad():
-            y = fn(*arguments)[..., :16, :16, :16].float()
         first = y if first is None else first
         assert error(y, first) <= 2 * TOLERANCE[dtype]
+        todo[peer] = run
     amount = work.norm_silu(shape, itemsize, gradient) + work.conv(shape, c, itemsize, 27, gradient)
     with torch.set_grad_enabled(gradient):
         race(todo, amount)

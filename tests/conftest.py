@@ -34,6 +34,8 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # more threads than cores wait fo
 from t2ct.ops import norm_cpu, use_backend  # noqa: E402  after the switch
 from t2ct.ops.dispatch import native, why_not  # noqa: E402
 
+LONG = ("test_train_ranks", "test_train_shard", "test_train_memory", "test_train_cli", "test_wide_offsets")
+
 
 def pytest_configure(config):
     # xdist hands out files with many tests first, which are the quick ones: a slow one would be left for last, alone
@@ -42,6 +44,7 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)  # before `-m gpu` takes its pick
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONG)  # the last letters' long files would be left for last
     for item in items:
         if getattr(item.module, "DEVICE", "cpu") == "cuda":  # files that test on the GPU where there is one
             item.add_marker(pytest.mark.gpu)

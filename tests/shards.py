@@ -23,7 +23,7 @@ from t2ct.train.memory import checkpoint_blocks
 from t2ct.train.memory.recipes import probe_recipe
 from t2ct.train.parts.lora import add_lora
 from t2ct.train.parts.shard import local
-from t2ct.train.recipe import ranks
+from t2ct.train.recipe import one_message, ranks
 
 CPU = torch.device("cpu")
 COMMON = {"steps": 4, "batch": 4, "micro": 1, "precision": "float32", "schedule": "constant", "ema": 0.5, "seed": 3}
@@ -131,6 +131,21 @@ class Spoilt(micro.MicroRecipe):
         super().begin(step)
         if step == 2 and ranks()[0] == 1:
             local(self.model[0].weight)[-1] = float("nan")
+
+
+class Lost(micro.MicroRecipe):
+    """At the third update one of the processes is gone."""
+
+    def begin(self, step):
+        super().begin(step)
+        if step == 2 and ranks()[0] == 1:
+            os._exit(9)
+
+
+def train_lost(folder, changes):
+    config = replace(micro.CONFIG, **changes)
+    with one_message():
+        run(Lost(config), config, Path(folder), CPU, 1, quiet=True)
 
 
 def train_spoilt(folder, changes):

@@ -21,6 +21,7 @@ CLEAR = {
     "lung nodule": Finding("lung nodule", side="right", lobe="upper", size_mm=28, count=1),
     "pericardial effusion": Finding("pericardial effusion", size="large"),
     "arterial wall calcification": Finding("arterial wall calcification", size="severe"),
+    "hiatal hernia": Finding("hiatal hernia", size="large"),
 }
 
 

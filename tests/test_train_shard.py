@@ -137,6 +137,12 @@ def test_every_rank_names_the_same_bad_weight(tmp_path):
         assert "no finite gradient in 2 updates in a row" in message and "is weight micro.0.weight" in message
 
 
+def test_a_lost_process_ends_the_others_with_one_message(tmp_path):
+    ((rank, message),) = together(tmp_path, (shards.train_lost, tmp_path / "run", STEPS))
+    assert rank == 0
+    assert message.startswith("RuntimeError: another process of this run was lost, so that all end; the same command")
+
+
 def test_what_does_not_go_with_it_is_refused():
     for kind in KINDS.values():
         with pytest.raises(ValueError, match=r"shard: wanted none or optimiser beside optimiser_bits=8, got 'all'"):

@@ -19,7 +19,8 @@ from t2ct.train.data.source import BadVolume, Item, Source
 Batch = dict[str, Tensor]
 Shown = dict[str, float]
 M = TypeVar("M", bound=nn.Module)
-
+# What gloo and NCCL say, of whichever operation it was that waited, when another process is no longer there.
+LOST = ("by peer", "Connection closed", "Broken pipe", "remote process exited", "Connection refused")
 
 _by_itself = False
 
@@ -40,6 +41,19 @@ def ranks() -> tuple[int, int]:
     if _by_itself:
         return 0, 1
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+@contextmanager
+def one_message() -> Iterator[None]:
+    """Of several processes those that outlive another say that, in one line, and not what its silence did to them."""
+    try:
+        yield
+    except RuntimeError as error:
+        if ranks()[1] > 1 and any(sign in str(error) for sign in LOST):
+            raise RuntimeError(
+                "another process of this run was lost, so that all end; the same command with --resume goes on"
+            ) from error
+        raise
 
 
 class Call(nn.Module):

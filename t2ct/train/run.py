@@ -35,7 +35,7 @@ from t2ct.train.optim import check_optimiser
 from t2ct.train.parts.folders import find_folder, run_facts
 from t2ct.train.parts.ready import absolute, check_data, check_numbers, check_weights
 from t2ct.train.presets import FIRST, before, default_data, preset
-from t2ct.train.recipe import by_itself, ranks
+from t2ct.train.recipe import by_itself, one_message, ranks
 from t2ct.train.show.report import write_report
 
 FORMAT = "t2ct-run-1"
@@ -121,7 +121,8 @@ def train(
         if not alone:
             _stages(kind, preset, made, spec, root, where, quiet, prepared)
             made = _resolved(kind, made, root, preset)
-        return _train(kind, made, preset, spec, root, where, quiet, prepared)
+        with one_message():
+            return _train(kind, made, preset, spec, root, where, quiet, prepared)
     finally:
         torch.set_num_threads(threads)
 
