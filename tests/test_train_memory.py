@@ -68,7 +68,8 @@ EMULATED = pytest.mark.skipif(
 CASES = [
     *((kind, "float32", False, 0) for kind in ("vae", "clip", "ldm")),
     pytest.param("judge", "float32", False, 0, marks=pytest.mark.xfail(reason="6 % too little, for a cause not found")),
-    *(pytest.param(kind, "bf16", True, 0, marks=EMULATED) for kind in ("vae", "clip", "ldm")),
+    ("vae", "bf16", True, 0),
+    *(pytest.param(kind, "bf16", True, 0, marks=EMULATED) for kind in ("clip", "ldm")),
     ("vae", "float32", False, 1),  # torch's convolutions of one small volume write every voxel 27 times
     pytest.param("clip", "bf16", False, 1, marks=EMULATED),
 ]

@@ -20,7 +20,7 @@ Batch = dict[str, Tensor]
 Shown = dict[str, float]
 M = TypeVar("M", bound=nn.Module)
 # What gloo and NCCL say, of whichever operation it was that waited, when another process is no longer there.
-LOST = ("by peer", "Connection closed", "Broken pipe", "remote process exited", "Connection refused")
+LOST = ("by peer", "Connection closed", "Broken pipe", "remote process exited")
 
 _by_itself = False
 
