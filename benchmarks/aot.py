@@ -3,9 +3,9 @@
     python benchmarks/aot.py [--family conv] [--arch 90] [--markdown docs/kernels-aot.md]
 
 For each launch and architecture: registers, shared memory, spills, matrix instructions, 128-bit accesses to global
-memory, by Triton's own cuobjdump and nvdisasm. Every launch in float16, one width of each family in bfloat16 too. No
-driver is needed. Exit code 1 where a launch does not compile, breaks a limit, or has no 128-bit access where its memory
-allows one.
+memory, by Triton's own cuobjdump and nvdisasm. Every launch in float16; of bfloat16 and float32, whose products run on
+the FMA units, what EXTRA names. No driver is needed. Exit code 1 where a launch does not compile, breaks a limit, or
+has no 128-bit access where its memory allows one.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)  # interpreted functions do not compile
 
+import torch  # noqa: E402
 import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
@@ -29,7 +30,11 @@ ARCHITECTURES = (80, 90, 100)
 MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}  # bytes one block may have: CUDA C++ programming guide, table 21
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-BFLOAT16 = {"norm": ", 128", "conv": "128 to 128", "attention": "D=32", "resample": ", 128"}  # part of the name
+# dtype -> family -> part of the launch's name. Float32 has blocks of its own for each head dim, and one for all widths.
+EXTRA = {
+    torch.bfloat16: {"norm": ", 128", "conv": "128 to 128", "attention": "D=32", "resample": ", 128"},
+    torch.float32: {"norm": ", 128", "conv": "128 to 128", "attention": "D=", "resample": ", 128"},
+}
 # What no layout allows: a merging program reads the few channels of one group; sums and statistics leave a vector of
 # channels a program; rows of a bias's gradient are as long as there are keys.
 NARROW = {"merge_kernel": ("load", "store"), "backward_merge_kernel": ("load", "store"), "stats_kernel": ("store",),
@@ -70,7 +75,7 @@ def inspect(row: dict, arch: int) -> dict:
     problem = []
     if spilled or count["local"]:
         problem.append(f"{spilled} bytes of local memory, {count['local']} accesses")
-    if "tl.dot" in row["kernel"].src and not re.search(rf"\b{MATRIX[arch]}", sass):
+    if row["dtype"] != torch.float32 and "tl.dot" in row["kernel"].src and not re.search(rf"\b{MATRIX[arch]}", sass):
         problem.append(f"no {MATRIX[arch]}")
     for way in ("load", "store"):
         if not count[way] and way not in NARROW.get(row["kernel"].__name__, ()):
@@ -84,13 +89,12 @@ def inspect(row: dict, arch: int) -> dict:
 
 
 def rows(family: str, arch: int) -> list[dict]:
-    found = list(import_module(f"t2ct.kernels.{family}").launches(arch))
-    return found + [in_bfloat16(row) for row in found if BFLOAT16[family] in row["name"]]
-
-
-def in_bfloat16(row: dict) -> dict:
-    kinds = {name: kind.replace("fp16", "bf16") for name, kind in row["signature"].items()}
-    return row | {"name": row["name"] + ", bfloat16", "signature": kinds}
+    launches = import_module(f"t2ct.kernels.{family}").launches
+    found = [row | {"dtype": torch.float16} for row in launches(arch)]
+    for dtype, part in EXTRA.items():
+        found += [row | {"name": f"{row['name']}, {dtype}".replace("torch.", ""), "dtype": dtype}
+                  for row in launches(arch, dtype) if part[family] in row["name"]]
+    return found
 
 
 def one(job: tuple[str, int, int]) -> dict:

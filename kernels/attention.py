@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from t2ct.kernels.attention_plan import MAX_ONE_BLOCK, config
-from t2ct.kernels.plan import architecture, power, stored
+from t2ct.kernels.plan import POINTER, architecture, power, stored
 from torch import Tensor
 
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)  # whose bfloat16 products are wrong
@@ -320,8 +320,8 @@ def attention(
     return out.to(q.dtype), lse
 
 
-def launches(arch: int):
-    """What benchmarks/aot.py compiles: every row of BLOCKS in float16, forward and backward, and each kind of bias."""
+def launches(arch: int, dtype: torch.dtype = torch.float16):
+    """What benchmarks/aot.py compiles: every row of BLOCKS, forward and backward, and each kind of bias."""
     from t2ct.kernels import attention_backward as backward  # which imports this file
 
     kernels = {"forward": forward_kernel, "cross": cross_kernel, "dkdv": backward.dkdv_kernel,
@@ -336,9 +336,9 @@ def launches(arch: int):
                     continue
                 if form and d != 32 and (d, form) != (64, ", bias"):
                     continue
-                if changed.keys() & {"LAZY", "EXP_SPLIT"} and direction != "forward":
+                if changed.keys() & {"LAZY", "EXP_SPLIT"} and (direction != "forward" or dtype == torch.float32):
                     continue
-                at = config(arch, d, direction, 2, bool(changed.keys() & {"BIAS", "RELATIVE"}))
+                at = config(arch, d, direction, dtype.itemsize, bool(changed.keys() & {"BIAS", "RELATIVE"}))
                 if "EXP_SPLIT" in changed:
                     at["BN"] = 64
                 fixed = plain | {"D": d, "BD": d, "LAZY": 0, "EXP_SPLIT": 0, "TILES": 4, "b_m": 1} | at | changed
@@ -348,7 +348,7 @@ def launches(arch: int):
                 half = [n for n in names if n in ("q", "k", "v", "bias", "table", "out", "do", "dq", "dk", "dv")]
                 single = [n for n in names if n in ("q_scale", "k_scale", "lse", "delta", "partial", "dq_scale",
                                                     "dk_scale")]
-                kinds = dict.fromkeys(half, "*fp16") | dict.fromkeys(single, "*fp32") | {"scale": "fp32"}
+                kinds = dict.fromkeys(half, POINTER[dtype]) | dict.fromkeys(single, "*fp32") | {"scale": "fp32"}
                 yield {
                     "name": f"{direction}, D={d}{form}", "kernel": kernel,
                     "signature": {n: kinds.get(n, "i32") for n in names if n not in fixed},

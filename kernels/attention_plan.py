@@ -33,15 +33,17 @@ BIASED = {
     ("dq", 90): {64: (128, 64, 8, 2), 128: (64, 32, 4, 1)},
     ("dq", 100): {64: (128, 64, 8, 2), 128: (64, 32, 4, 1)},
 }  # fmt: skip
-FLOAT32 = {32: (32, 32, 4, 1), 64: (32, 16, 4, 1), 128: (32, 16, 4, 1)}  # full products run on the FMA units
+FLOAT32 = {32: (32, 32, 4, 1), 64: (32, 32, 8, 1), 128: (32, 16, 8, 1)}  # full products run on the FMA units
+FLOAT32_NARROW = FLOAT32 | {64: (16, 32, 4, 1), 128: (16, 16, 8, 1)}  # gradients that hold more beside the products
 
 
 def config(arch: int, head_dim: int, direction: str, itemsize: int = 2, biased: bool = False) -> dict[str, int]:
     """Launch parameters of a direction: "forward", "cross", "dkdv", "dq" or "bias" (gradients); head_dim up to 128."""
     book = BIASED if biased and direction != "bias" else BLOCKS
     table = book.get((direction, arch)) or book[direction, 80]
-    rows = FLOAT32 if itemsize > 2 else table
-    bm, bn, warps, stages = next(row for limit, row in rows.items() if head_dim <= limit)
+    if itemsize > 2:
+        table = FLOAT32_NARROW if direction in ("dq", "bias") else FLOAT32
+    bm, bn, warps, stages = next(row for limit, row in table.items() if head_dim <= limit)
     if direction == "cross":
         bn = MAX_ONE_BLOCK[itemsize]
     return {"BM": bm, "BN": bn, "num_warps": warps, "num_stages": stages}

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from t2ct.kernels import fold
 from t2ct.kernels.norm import _coefficients, silu_of, silu_slope
-from t2ct.kernels.plan import Launch, box, launch, stored
+from t2ct.kernels.plan import POINTER, Launch, box, launch, stored
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -257,13 +257,13 @@ def upsample_conv3d(x, weight, bias=None, mode="nearest"):
 SIZES = ((64, 64), (128, 128), (256, 256), (512, 512))  # channels of the published networks, in and out
 
 
-def launches(arch: int):
+def launches(arch: int, dtype: torch.dtype = torch.float16):
     """What benchmarks/aot.py compiles: every row of the launch table, forward, fused, folded and both gradients."""
     from t2ct.kernels import conv_backward  # which imports this module
 
     ints = dict.fromkeys(("D", "H", "W", "C", "YD", "YH", "YW", "O", "tiles_d", "tiles_h", "tiles_w",
                           "groups"), "i32")
-    pointers = dict.fromkeys(("bias", "channel_bias", "residual", "y", "n_weight", "n_bias"), "*fp16")
+    pointers = dict.fromkeys(("bias", "channel_bias", "residual", "y", "n_weight", "n_bias"), POINTER[dtype])
     pointers |= dict.fromkeys(("n_mean", "n_rstd", "mean", "m2", "count"), "*fp32")
     forms = {
         "conv": {},
@@ -276,11 +276,13 @@ def launches(arch: int):
     }
     for c, o in SIZES:
         for name, form in forms.items():
-            at = launch(arch, torch.float16, c, o, stats="STATS" in form, sums="SUMS" in form)
+            at = launch(arch, dtype, c, o, stats="STATS" in form, sums="SUMS" in form)
             dims = dict(zip(("TD", "TH", "TW"), box((64, 64, 64), at.bm), strict=True))
             shape = ", ".join(map(str, (1, *dims.values(), at.bk)))
             tma = at.tma and not form.get("CLAMP") and form.get("S", 1) == 1
-            kinds = (f"tensordesc<fp16[{shape}]>", f"tensordesc<fp16[{at.bn}, {at.bk}]>") if tma else ("*fp16",) * 2
+            kinds = (POINTER[dtype],) * 2
+            if tma:
+                kinds = tuple(f"tensordesc<{kinds[0][1:]}[{block}]>" for block in (shape, f"{at.bn}, {at.bk}"))
             constants = {"K": 3, "S": 1, "PAD0": 1, "PAD1": 1, "PHASES": 1, "CLAMP": False, "PROLOGUE": 0, "BIAS": True}
             constants |= dict.fromkeys(("CHANNEL_BIAS", "RESIDUAL", "STATS", "SUMS"), False)
             constants |= {"TMA": tma, "EVEN_C": True, **dims, "BN": at.bn, "BK": at.bk, **form}
@@ -293,4 +295,4 @@ def launches(arch: int):
                 "num_stages": at.stages,
                 "divisible": ["C", "O", *pointers, *(() if tma else ("x", "weight"))],
             }
-    yield from conv_backward.launches(arch)
+    yield from conv_backward.launches(arch, dtype)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from t2ct.kernels import fold, resample
 from t2ct.kernels.conv import INTERPRET, SIZES, _boxes, _conv, _row
-from t2ct.kernels.plan import box, launch, splits_of
+from t2ct.kernels.plan import POINTER, box, launch, splits_of
 from torch import Tensor
 
 
@@ -118,16 +118,16 @@ def upsample_conv3d_backward(dy, x, weight, mode="nearest", wanted=(True, True))
     return dx, dw
 
 
-def launches(arch: int):
+def launches(arch: int, dtype: torch.dtype = torch.float16):
     """What benchmarks/aot.py compiles, by way of kernels/conv.py."""
     ints = dict.fromkeys((*"NDHWCO", "YD", "YH", "YW", "tiles_d", "tiles_h", "tiles_w", "splits"), "i32")
     for c, o in SIZES:
-        at = launch(arch, torch.float16, c, o, gradient=True)
+        at = launch(arch, dtype, c, o, gradient=True)
         dims = dict(zip(("TD", "TH", "TW"), box((64, 64, 64), at.bk), strict=True))
         yield {
             "name": f"weight gradient, {c} to {o}",
             "kernel": weight_gradient_kernel,
-            "signature": {"x": "*fp16", "dy": "*fp16", "partial": "*fp32"} | ints,
+            "signature": {"x": POINTER[dtype], "dy": POINTER[dtype], "partial": "*fp32"} | ints,
             "constexprs": {"K": 3, "S": 1, "PAD0": 1, "PAD1": 1, "PHASES": 1, **dims, "BO": at.bm, "BC": at.bn},
             "num_warps": at.warps,
             "num_stages": at.stages,

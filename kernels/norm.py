@@ -12,7 +12,7 @@ x is float16, bfloat16 or float32; weight and bias are of any floating dtype.
 import torch
 import triton
 import triton.language as tl
-from t2ct.kernels.plan import stored
+from t2ct.kernels.plan import POINTER, stored
 from torch import Tensor
 
 INTERPRETED = triton.knobs.runtime.interpret  # its bfloat16 arithmetic is wrong: only float32 is computed and stored
@@ -289,7 +289,7 @@ def group_apply(
 CHANNELS = (64, 128, 256, 512)  # of the published networks
 
 
-def launches(arch: int = 90):
+def launches(arch: int = 90, dtype: torch.dtype = torch.float16):
     """What benchmarks/aot.py compiles: every kernel at the published widths, its gradient's included."""
     from t2ct.kernels import norm_backward  # which imports this module
 
@@ -299,7 +299,7 @@ def launches(arch: int = 90):
     for c in CHANNELS:
         bs, bc = tile(c, HELD["stats"][0], 1 << 20)
         yield {
-            "name": f"statistics, {c}", "kernel": stats_kernel, "signature": {"x": "*fp16"} | floats | ints,
+            "name": f"statistics, {c}", "kernel": stats_kernel, "signature": {"x": POINTER[dtype]} | floats | ints,
             "constexprs": {"BS": bs, "BC": bc}, "num_warps": HELD["stats"][1], "num_stages": 3,
             "divisible": ["x", "mean", "m2", "count", "C"],
         }  # fmt: skip
@@ -307,7 +307,7 @@ def launches(arch: int = 90):
             bs, bc = tile(c, HELD["apply"][0], 1 << 20)
             yield {
                 "name": f"apply{', SiLU' * silu}, {c}", "kernel": apply_kernel,
-                "signature": dict.fromkeys(("x", "y", "weight", "bias"), "*fp16") | floats | ints,
+                "signature": dict.fromkeys(("x", "y", "weight", "bias"), POINTER[dtype]) | floats | ints,
                 "constexprs": {"SILU": silu, "BS": bs, "BC": bc}, "num_warps": HELD["apply"][1], "num_stages": 3,
                 "divisible": ["x", "y", "weight", "bias", "mean", "rstd", "C"],
             }  # fmt: skip
@@ -324,4 +324,4 @@ def launches(arch: int = 90):
             "constexprs": {"BLOCK": ROWS}, "num_warps": 4, "num_stages": 3,
             "divisible": ["mean", "m2", "count", "C"],
         }  # fmt: skip
-    yield from norm_backward.launches(arch)
+    yield from norm_backward.launches(arch, dtype)

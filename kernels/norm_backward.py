@@ -23,6 +23,7 @@ from t2ct.kernels.norm import (
     tile_voxels,
     writable,
 )
+from t2ct.kernels.plan import POINTER
 from torch import Tensor
 
 
@@ -169,11 +170,11 @@ def _from_sums(dy, x, weight, bias, mean, rstd, sums, groups, silu):
     return dx.to(x.dtype), dw.to(weight.dtype), db.to(bias.dtype)
 
 
-def launches(arch: int = 90):
+def launches(arch: int = 90, dtype: torch.dtype = torch.float16):
     """What benchmarks/aot.py compiles, by way of kernels/norm.py."""
     ints = dict.fromkeys(("S", "C", "block", "T", "groups"), "i32")
     floats = dict.fromkeys(("mean", "rstd", "sums", "totals", "means"), "*fp32")
-    halves = dict.fromkeys(("dy", "x", "dx", "weight", "bias"), "*fp16")
+    halves = dict.fromkeys(("dy", "x", "dx", "weight", "bias"), POINTER[dtype])
     for c in CHANNELS:
         for name, kernel, silu in (("sums", backward_sums_kernel, True), ("dx", backward_kernel, True),
                                    ("dx", backward_kernel, False)):  # fmt: skip

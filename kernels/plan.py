@@ -8,6 +8,7 @@ from functools import cache
 
 import torch
 
+POINTER = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}  # what Triton's compiler calls them
 FILL = 528  # programs that keep the largest chips busy: four for each of 132 multiprocessors
 
 
@@ -38,7 +39,7 @@ TABLE = {
         (1 << 30, Launch(128, 128, 64, 8, 4)),
     ),
 }
-FLOAT32 = Launch(64, 64, 32, 4, 2)
+FLOAT32, FLOAT32_GRADIENT = Launch(64, 64, 32, 4, 2), Launch(64, 64, 16, 4, 2)
 GRADIENT = {80: Launch(64, 64, 32, 4, 4), 90: Launch(128, 128, 64, 8, 3), 100: Launch(128, 128, 64, 8, 3)}
 
 
@@ -82,7 +83,7 @@ def launch(
     if not isinstance(device, int) and interpreted():  # a step costs the same whatever its size
         return Launch(64, power(c), 128, 4, 1) if gradient else Launch(256, power(o, most=64), power(c, most=64), 4, 1)
     if dtype == torch.float32:
-        at = FLOAT32
+        at = FLOAT32_GRADIENT if gradient else FLOAT32
     elif gradient:
         at = GRADIENT[arch]
     else:

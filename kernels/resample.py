@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from t2ct.kernels.norm import CHANNELS, INTERPRETED, channel_block
-from t2ct.kernels.plan import stored
+from t2ct.kernels.plan import POINTER, stored
 from torch import Tensor
 
 
@@ -185,7 +185,7 @@ def average_pool_backward(dy: Tensor) -> Tensor:
     return _double("repeat", dy, 0.125)
 
 
-def launches(arch: int = 90):
+def launches(arch: int = 90, dtype: torch.dtype = torch.float16):
     """What benchmarks/aot.py compiles: every kernel at the published widths, and for axes of one voxel, which Triton
     compiles as constants."""
     for c, one in (*((c, ()) for c in CHANNELS), (64, ("D", "H", "W"))):
@@ -194,7 +194,8 @@ def launches(arch: int = 90):
             source, target = kernel.arg_names[:2]
             yield {
                 "name": f"{name}, {c}{', one voxel' if one else ''}", "kernel": kernel,
-                "signature": {source: "*fp16", target: "*fp16", "scale": "fp32"} | dict.fromkeys("DHWC", "i32"),
+                "signature": dict.fromkeys((source, target), POINTER[dtype]) | {"scale": "fp32"} | dict.fromkeys(
+                    "DHWC", "i32"),
                 "constexprs": {"BS": bs, "BC": bc} | dict.fromkeys(one, 1), "num_warps": HELD[name][1],
                 "num_stages": 3, "divisible": [source, target, "C"],
             }  # fmt: skip

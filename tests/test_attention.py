@@ -1,5 +1,6 @@
 """attention: every backend against float64, values and gradients of everything it takes."""
 
+import itertools
 import subprocess
 import sys
 import types
@@ -355,3 +356,28 @@ def test_xformers_as_documented(form, monkeypatch):
         results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
     for mine, wanted in zip(*results, strict=True):
         assert (mine - wanted).norm() <= 1e-6 * wanted.norm()
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32), ids=("fp16", "bf16", "fp32"))
+def test_xformers_own_checks_object_to_nothing_but_the_device(dtype, monkeypatch):
+    """The library itself, which computes on GPUs alone: what we hand it passes its checks, gradients included."""
+    ops = pytest.importorskip("xformers.ops")
+    from xformers.ops.fmha import cutlass
+    from xformers.ops.fmha.common import Inputs
+
+    handed = []
+
+    def checked(query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None):
+        handed.append(Inputs(query=query, key=key, value=value, attn_bias=attn_bias, p=p, scale=scale))
+        return query
+
+    monkeypatch.setattr(ops, "memory_efficient_attention", checked)
+    for d, n, batch, causal in itertools.product((16, 32, 40, 128), (5, 64), (None, 1, 2), (False, True)):
+        q, k, v = (torch.randn(2, 3, n, d, dtype=dtype, requires_grad=True) for _ in "qkv")
+        bias = None if batch is None else torch.randn(batch, 3, n, n, dtype=dtype, requires_grad=True)
+        TABLE["xformers"](q, k, v, bias, 0.3, causal)
+        handed[-1].validate_inputs()
+        for operator in (cutlass.FwOp, cutlass.BwOp):
+            reasons = operator.not_supported_reasons(handed[-1])
+            reasons = [r for r in reasons if r != "bf16 is only supported on A100+ GPUs"]  # the device once more
+            assert reasons == ["device=cpu (supported: {'cuda'})"], (operator.NAME, d, n, batch, causal)

@@ -92,7 +92,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, ca
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, causal: bool) -> Tensor:
     """As xformers documents memory_efficient_attention: tensors (B, N, H, D), attn_bias (B, H, N, M) or a causal mask.
-    No GPU has run this: a stand-in of that signature has (tests/test_attention.py)."""
+    No GPU has run this: a stand-in of that signature has, and xformers checked what it is handed (tests)."""
     from xformers import ops
 
     if torch.is_grad_enabled() and bias is not None and bias.requires_grad:
