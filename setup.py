@@ -37,6 +37,8 @@ UNITS = {
     "csrc/cpu/norm/portable.cpp": [],
     "csrc/cpu/resample/resample.cpp": OPENMP,
     "csrc/cpu/resample/portable.cpp": EXACT,
+    "csrc/cpu/winograd/winograd.cpp": OPENMP,
+    "csrc/cpu/winograd/portable.cpp": EXACT,
     "csrc/cuda/merge.cpp": EXACT,
 }
 AVX2 = ["-mavx2", "-mfma"]
@@ -54,6 +56,8 @@ if X86:
         "csrc/cpu/norm/avx512.cpp": AVX512,
         "csrc/cpu/resample/avx2.cpp": [*AVX2, *EXACT],
         "csrc/cpu/resample/avx512.cpp": [*AVX512, *EXACT],
+        "csrc/cpu/winograd/avx2.cpp": [*AVX2, *EXACT],
+        "csrc/cpu/winograd/avx512.cpp": [*AVX512, *EXACT],
     }
 DEPENDS = sorted(str(p.relative_to(ROOT)) for pattern in ("**/*.h", "cuda/*.c*") for p in ROOT.glob("csrc/" + pattern))
 

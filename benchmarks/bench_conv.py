@@ -1,5 +1,5 @@
-"""3x3x3 convolutions of a UNet's deep levels, nearest doubling followed by one, and small float32 volumes, for which
-torch does not ask oneDNN: torch against t2ct.ops.
+"""3x3x3 convolutions of a UNet's deep levels, nearest doubling followed by one, small float32 volumes, for which torch
+does not ask oneDNN, and large ones, which Winograd's filtering serves: torch against t2ct.ops.
 
 Work model: weights read once, x read and y written once; 2 * 27 operations a weight and voxel, whatever a form saves.
 """
@@ -17,6 +17,8 @@ from t2ct.ops import conv3d, conv_cpu, upsample_conv3d, use_backend
 CONVS = (((512, 4, 4, 2), 512), ((1024, 4, 4, 2), 512), ((256, 8, 8, 4), 256), ((768, 8, 8, 4), 256))
 DOUBLED = (((128, 16, 16, 8), 128), ((256, 8, 8, 4), 256), ((128, 32, 32, 16), 128))
 SMALL = (((16, 10, 96, 48), 16), ((80, 12, 12, 6), 80), ((4, 24, 24, 12), 64), ((96, 6, 6, 3), 96), ((64, 8, 8, 4), 64))
+LARGE = (((64, 64, 64, 64), 64), ((128, 32, 32, 16), 128), ((256, 32, 32, 32), 128), ((64, 32, 32, 16), 64),
+         ((128, 16, 16, 8), 128), ((16, 96, 96, 48), 16), ((256, 16, 16, 16), 256))  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
@@ -36,10 +38,12 @@ def forced(backend, op):
 FORMS = {
     "conv3d": {"torch": lambda x, w, b: F.conv3d(x, w, b, padding=1), "cpu": forced("cpu", conv3d)},
     "small_conv3d": {"torch": lambda x, w, b: F.conv3d(x, w, b, padding=1), "cpu": conv3d},
+    "large_conv3d": {"torch": lambda x, w, b: F.conv3d(x, w, b, padding=1), "cpu": conv3d},
     "upsample_conv3d": {"torch": doubled, "cpu": upsample_conv3d},
 }
 CASES = [("conv3d", *c) for c in CONVS] + [("upsample_conv3d", *c) for c in DOUBLED]
 CASES = [(*case, dtype) for case in CASES for dtype in DTYPES] + [("small_conv3d", *c, torch.float32) for c in SMALL]
+CASES += [("large_conv3d", *c, torch.float32) for c in LARGE]
 
 
 @functools.lru_cache(maxsize=1)

@@ -11,6 +11,7 @@
 #include "cpu/narrow/narrow.h"
 #include "cpu/norm/norm.h"
 #include "cpu/resample/resample.h"
+#include "cpu/winograd/winograd.h"
 #include "cuda/driver.h"
 #include "cuda/merge.h"
 
@@ -98,6 +99,24 @@ PYBIND11_MODULE(_C, m) {
         release(),
         "3x3x3, stride 1, padding 0 or 1 of each axis, to few channels. shape as conv3d's, in a multiple of 16; "
         "w (out, 3, 3, 3, in) and bias float32.");
+
+  auto filtered = [](const Volume& v, int64_t pad) {
+    return t2ct::WinogradShape{std::get<0>(v), std::get<1>(v), std::get<2>(v), std::get<3>(v),
+                               std::get<4>(v), std::get<5>(v), pad, std::get<6>(v)};
+  };
+  m.def("conv3d_winograd",
+        [filtered](Volume v, int64_t pad, address x, address w, address shift, address residual, address y, address work,
+                   int threads, int isa) {
+          t2ct::conv3d_winograd(filtered(v, pad), at<void>(x), at<float>(w), at<float>(shift), at<void>(residual),
+                                at<void>(y), at<float>(work), threads, isa);
+        },
+        release(),
+        "3x3x3, stride 1, padding `pad` along X, 1 along Y and Z, in 12 multiplications of 27. shape as conv3d's, in and "
+        "out multiples of 16; w (out, 3, 3, 3, in) and shift (n, out) float32; residual like y or 0, added; work: "
+        "winograd_bytes of memory.");
+  m.def("winograd_bytes", [filtered](Volume v, int64_t pad, int threads) {
+    return t2ct::winograd_bytes(filtered(v, pad), threads);
+  }, "Bytes of memory that conv3d_winograd works in.");
 
   using Grid = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, bool>;
   auto grid = [](const Grid& g) {

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from t2ct.ops import conv_autograd, conv_cpu, conv_gradient
 from t2ct.ops.conv_cpu import MANY_WEIGHTS, TORCH_SMALL
-from t2ct.ops.dispatch import EMULATED, Table, candidates, choose, forced, refusal, watched
+from t2ct.ops.dispatch import EMULATED, Table, candidates, choose, forced, is_channels_last, refusal, watched, why_not
 
 MKLDNN = torch.backends.mkldnn.is_available()
 Padding = int | tuple[int, int, int]
@@ -28,9 +28,9 @@ def _reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 CONV: Table = {"triton": conv_autograd.conv3d, "cpu": conv_cpu.conv3d, "reference": _reference}
 TABLES = {"conv3d": CONV}
 NOTES = {  # for explain(); {what} is what runs
-    ("conv3d", "cpu"): "{what}: 3x3x3 without gradient, at most "
-    f"{conv_cpu.fast_voxels()} voxels and at least {MANY_WEIGHTS:,} weights, or at most {conv_cpu.NARROW} outputs; "
-    "else torch's",
+    ("conv3d", "cpu"): "{what}: 3x3x3 without gradient, by Winograd's filtering in float32; of at most "
+    f"{conv_cpu.fast_voxels()} voxels and at least {MANY_WEIGHTS:,} weights, or to at most {conv_cpu.NARROW} outputs, "
+    "directly; else torch's",
 }
 
 
@@ -53,6 +53,9 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 
             if isinstance(padding, int):
                 return conv_autograd.conv3d(x, weight, bias, residual, channel_bias, stride, padding)
             return _cropped(x, weight, bias, residual, channel_bias, stride, padding)
+    pads = (padding,) * 3 if isinstance(padding, int) else padding
+    if _filtered(x, weight, bias, stride, pads, residual, channel_bias):
+        return conv_cpu.winograd(x, weight, bias, pads[0], residual, channel_bias)
     y = convolve(x, weight, bias, stride, padding)
     if channel_bias is not None:
         y += channel_bias[:, :, None, None, None]  # in place: no gradient needs a convolution's output
@@ -108,6 +111,17 @@ def _narrow(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, pads: t
     return conv_cpu.narrow_refusal(x, pads) is None
 
 
+def _filtered(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, pads: tuple[int, int, int],
+              *added: Tensor | None) -> bool:
+    """Does Winograd's form run? Without gradient on a CPU, where no other backend is forced."""
+    plain = (tuple(weight.shape[2:]), stride, pads[1:]) == ((3, 3, 3), 1, (1, 1)) and pads[0] in (0, 1)
+    if not plain or forced() in CONV.keys() - {"cpu"} or not inference(x, weight, bias, *added):
+        return False
+    size = (x.shape[2] + 2 * pads[0] - 2, *x.shape[3:])
+    served = size[0] > 0 and conv_cpu.filters(x.shape[1], len(weight), (len(x) * size[0], *size[1:]), x.dtype)
+    return served and why_not("cpu", x.device.type, x.dtype, is_channels_last(x)) is None
+
+
 def _onednn(x: Tensor, weight: Tensor) -> bool:
     """Where torch takes a float32 volume for too small for oneDNN it writes every voxel 27 times and multiplies
     matrices: several times slower (benchmarks/bench_conv.py), and 27 times the memory. Few voxels under many weights
@@ -144,9 +158,9 @@ def by_triton(op: str, x: Tensor, weight: Tensor, stride: int = 1) -> bool:
     return reason is None
 
 
-def inference(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def inference(x: Tensor, *others: Tensor | None) -> bool:
     """Plain tensors of one dtype, which nothing watches and no gradient wants."""
-    tensors = [x, weight] if bias is None else [x, weight, bias]
+    tensors = [x, *(t for t in others if t is not None)]
     if any(watched(t) or t.dtype != x.dtype or t.is_neg() for t in tensors):
         return False
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)

@@ -1,13 +1,16 @@
-"""The compiled CPU backend of t2ct.ops.conv: 3x3x3 over small channels-last volumes, and to few channels over volumes
-of any size. Without gradient."""
+"""The compiled CPU backend of t2ct.ops.conv: 3x3x3 over channels-last volumes, small ones, large ones by Winograd's
+minimal filtering, and of any size to few channels. Without gradient."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor
 
 from t2ct.ops import norm_cpu
-from t2ct.ops.dispatch import is_channels_last, large_pages, native, why_not
+from t2ct.ops.dispatch import EMULATED, is_channels_last, large_pages, native, why_not
 
 # csrc reads a convolution's weights once where oneDNN, which reorders them, moves them three times; that pays where
 # there are many weights and few voxels (benchmarks/bench_conv.py).
@@ -19,7 +22,12 @@ FAST_VOXELS = {"avx512": 512, "avx2": 512}
 
 # To at most so many channels `narrow` was measured to be faster than oneDNN (benchmarks/bench_conv.py).
 NARROW = 4
+LAST = torch.channels_last_3d
 LANES = 16  # csrc takes channels in sixteens
+
+# Winograd's form multiplies 12 numbers where the direct one multiplies 27, more of them where squares of 2 x 2 stand
+# over or do not fill the EIGHT that are multiplied at once. Up to this share of 27 it was measured to be faster.
+FILTERED, EIGHT = 0.5, 8
 
 
 def fast_voxels() -> int:
@@ -73,4 +81,43 @@ def narrow(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, i
     shape = (n, *size, c, len(weight), x.dtype == torch.bfloat16)
     native().conv3d_narrow(shape, padding, x.data_ptr(), taps.data_ptr(), 0 if shift is None else shift.data_ptr(),
                            y.data_ptr(), torch.get_num_threads(), norm_cpu.ISA)
+    return y
+
+
+def filters(channels: int, outputs: int, size: Sequence[int], dtype: torch.dtype) -> bool:
+    """Is Winograd's form for a 3x3x3 convolution of stride 1 with a result of `size` voxels, padded along Y and Z?
+
+    In bfloat16 it computes in float32, and is for processors that have no products of bfloat16 alone.
+    """
+    if channels % LANES or outputs % LANES or not (dtype is torch.float32 or dtype in EMULATED - {torch.float16}):
+        return False
+    few = prod(size) <= fast_voxels() and 27 * channels * outputs >= MANY_WEIGHTS
+    squares = -(-size[1] // 2) * -(-size[2] // 2)
+    return not few and 12 * 4 * EIGHT * -(-squares // EIGHT) <= FILTERED * 27 * size[1] * size[2]
+
+
+def winograd_bytes(n: int, size: Sequence[int], channels: int, outputs: int, pad: int = 1) -> int:
+    """Bytes that `winograd` takes beside its tensors and its weights in float32, for x of `size` voxels."""
+    return native().winograd_bytes((n, *size, channels, outputs, False), pad, torch.get_num_threads())
+
+
+def winograd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, pad: int, residual: Tensor | None = None,
+    channel_bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """3x3x3 of stride 1 with padding (pad, 1, 1), plus channel_bias and residual, where it `filters`; x channels-last.
+
+    As exact as the direct form: sums are float32, along chains of 64 channels. A slab of x gives the bits of the whole.
+    """
+    n, c, *size = x.shape
+    taps = weight.detach().permute(0, 2, 3, 4, 1).float().contiguous()
+    shift = torch.zeros(n, len(weight)) if bias is None else bias.detach().float().expand(n, -1)
+    shift = (shift if channel_bias is None else shift + channel_bias).contiguous()
+    y = torch.empty(n, len(weight), size[0] + 2 * pad - 2, *size[1:], dtype=x.dtype, memory_format=LAST)
+    work = torch.empty(winograd_bytes(n, size, c, len(weight), pad), dtype=torch.uint8)
+    if residual is not None:
+        residual = residual.contiguous(memory_format=LAST)
+    native().conv3d_winograd((n, *size, c, len(weight), x.dtype == torch.bfloat16), pad, x.data_ptr(), taps.data_ptr(),
+                             shift.data_ptr(), 0 if residual is None else residual.data_ptr(),
+                             large_pages(y).data_ptr(), work.data_ptr(), torch.get_num_threads(), norm_cpu.ISA)
     return y

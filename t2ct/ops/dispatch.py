@@ -75,11 +75,13 @@ def native() -> Any:
 
 
 class _Silent:
-    """t2ct._C whose kernels write nothing. What takes no argument is a question, and answered."""
+    """t2ct._C whose kernels write nothing. What takes no argument or answers in bytes is a question, and answered."""
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(_C, name)
-        return (lambda *given: None if given else found()) if callable(found) else found
+        if not callable(found) or name.endswith("_bytes"):
+            return found
+        return lambda *given: None if given else found()
 
 
 _SILENT, _shapes = _Silent(), False

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-from t2ct.ops import norm, smooth_conv
+import torch
+
+from t2ct.ops import conv_cpu, norm, smooth_conv
 
 Size = tuple[int, int, int]
 
@@ -173,6 +175,9 @@ class Graph:
             source, weights, reordered = self.sizes[node.source], 0, 0  # the form has its own
             work = smooth_conv.work(self.thickest(n), source, into, node.channels, self.itemsize, self.emulated)
             flops = smooth_conv.flops(source, into, node.channels)
+        elif self.filtered(n):
+            weights, tile = weights * 4 // self.itemsize, (self.thickest(n) + 2, y, z)
+            reordered = conv_cpu.winograd_bytes(1, tile, into, node.channels) // self.itemsize
         made = work.made + self._widened(n, weights, reordered)
         return Costs(
             bytes=whole,
@@ -209,6 +214,7 @@ class Graph:
         tile = self.thickest(n) * self.plane(n)
         counted = (weights + reordered) * self.itemsize + tile * (1 + bool(node.shortcut))
         made = 4 * (prod(self.window_shape(n) or read) + 2 * weights + reordered + tile // self.itemsize)
+        made = 0 if self.filtered(n) else made  # which reads and writes bfloat16
         if node.shortcut and node.residual is not None:
             into = self.nodes[node.residual].channels
             blocks = smooth_conv.padded(into) * smooth_conv.padded(node.channels)
@@ -236,6 +242,15 @@ class Graph:
             and not self.generic
             and smooth_conv.serves(node.channels, self.sizes[node.source])
         )
+
+    def filtered(self, n: int) -> bool:
+        """Is node n convolved by Winograd's form (`t2ct.ops.conv_cpu.winograd`)?"""
+        node, (_, y, z) = self.nodes[n], self.sizes[n]
+        if self.device != "cpu" or self.generic or node.kernel != 3 or node.resample == "down" or self.smooth(n):
+            return False
+        dtype = torch.float32 if self.itemsize == 4 else torch.bfloat16
+        into = self.nodes[node.source].channels
+        return conv_cpu.filters(into, node.channels, (self.thickest(n), y, z), dtype)
 
     def single(self, n: int) -> bool:
         """Is node n's volume one tile?"""

@@ -4,6 +4,7 @@
 // Nothing of the standard library is used here: an inline function of it compiled for AVX-512 could be the copy that
 // the linker keeps for everyone.
 #include "norm.h"
+#include "../rounding.h"
 #include "../vectors.h"
 
 namespace t2ct {
@@ -16,28 +17,16 @@ typedef int32_t vi __attribute__((vector_size(4 * W)));
 inline vf clamp(vf t, float low, float high) {
   return _mm512_min_ps(_mm512_max_ps(t, _mm512_set1_ps(low)), _mm512_set1_ps(high));
 }
-inline void narrow(uint16_t* p, vu u) { _mm256_storeu_si256((__m256i_u*)p, _mm512_cvtepi32_epi16((__m512i)u)); }
 #elif T2CT_WIDTH == 8
 inline vf clamp(vf t, float low, float high) {
   return _mm256_min_ps(_mm256_max_ps(t, _mm256_set1_ps(low)), _mm256_set1_ps(high));
-}
-inline void narrow(uint16_t* p, vu u) {
-  __m128i low = _mm256_castsi256_si128((__m256i)u), high = _mm256_extracti128_si256((__m256i)u, 1);
-  _mm_storeu_si128((__m128i_u*)p, _mm_packus_epi32(low, high));
 }
 #else
 inline vf clamp(vf t, float low, float high) {
   t = t > low ? t : vf{} + low;
   return t < high ? t : vf{} + high;
 }
-inline void narrow(uint16_t* p, vu u) { *reinterpret_cast<vh*>(p) = __builtin_convertvector(u, vh); }
 #endif
-
-inline void store(uint16_t* p, vf v) {  // round to nearest even; a NaN stays one
-  vu u = reinterpret_cast<vu>(v);
-  u += 0x7fffu + ((u >> 16) & 1u);
-  narrow(p, (v == v ? u : vu{} + 0x7fc00000u) >> 16);
-}
 
 // exp(-z), |relative error| <= 1 ulp for -88 <= z <= 87, the nearer end of that range beyond it and for NaN.
 // -z = n ln 2 + r, |r| <= ln 2 / 2; exp(r) by a minimax polynomial whose own relative error is 4e-9.
