@@ -15,7 +15,17 @@ from torch import Tensor
 
 from t2ct.ops import conv_autograd, conv_cpu, conv_gradient
 from t2ct.ops.conv_cpu import MANY_WEIGHTS, TORCH_SMALL
-from t2ct.ops.dispatch import EMULATED, Table, candidates, choose, forced, is_channels_last, refusal, watched, why_not
+from t2ct.ops.dispatch import (
+    EMULATED,
+    Table,
+    candidates,
+    choose,
+    forced,
+    is_channels_last,
+    refusal,
+    watched,
+    why_not,
+)
 
 MKLDNN = torch.backends.mkldnn.is_available()
 Padding = int | tuple[int, int, int]
