@@ -130,4 +130,5 @@ def pytest_benchmark_update_machine_info(machine_info):
             versions[name] = None
     machine_info |= {
         "versions": versions, "cudnn": torch.backends.cudnn.version(), "threads": torch.get_num_threads(),
-        "pinned": os.environ.get("OMP_PROC_BIND"), "device": torch.cuda.get_device_name() if CUDA else "cpu"}
+        "pinned": os.environ.get("OMP_PROC_BIND"), "large_pages": os.environ.get("THP_MEM_ALLOC_ENABLE"),
+        "device": torch.cuda.get_device_name() if CUDA else "cpu"}

@@ -16,7 +16,7 @@ from memory import peak_bytes
 
 from t2ct import stream
 from t2ct.models import VAE, VAEConfig
-from t2ct.ops import conv, conv_gradient, norm, use_backend
+from t2ct.ops import conv, conv_cpu, conv_gradient, norm, use_backend
 from t2ct.ops.dispatch import channels_last, why_not
 from t2ct.stream import graph as graphs
 from t2ct.stream import plan as plans
@@ -111,7 +111,7 @@ def test_the_bound_holds_where_bfloat16_is_emulated(direction, monkeypatch):
     """As on a processor without its products: float32 copies are on the way."""
     if why_not("cpu", "cpu", torch.bfloat16):
         pytest.skip("the compiled extension is not there")
-    for module in (import_module("t2ct.stream.execute"), conv, conv_gradient):
+    for module in (import_module("t2ct.stream.execute"), conv, conv_cpu, conv_gradient):
         monkeypatch.setattr(module, "EMULATED", frozenset({torch.bfloat16}))
     vae, x = network(THREE, torch.bfloat16), inputs(direction, THREE, torch.bfloat16)
     want = run(vae, direction, x)

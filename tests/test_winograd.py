@@ -75,7 +75,7 @@ def test_what_it_takes_is_what_it_says():
     x, w, _ = make((1, 64, 6, 16, 16), 32)
     _, peak = peak_bytes(lambda: conv_cpu.winograd(x, w, None, 1))
     y, taps = 32 * 6 * 16 * 16 * 4, w.nbytes
-    assert peak - y - taps <= conv_cpu.winograd_bytes(1, x.shape[2:], 64, 32) + 4096
+    assert peak - y - taps <= conv_cpu.winograd_bytes(1, x.shape[2:], 64, 32, 1, torch.get_num_threads()) + 4096
     assert peak - y - taps >= 16 * 3 * 64 * 32 * 4
 
 
@@ -126,10 +126,32 @@ def test_the_gradient_of_x_is_one_too(monkeypatch):
     assert conv_gradient.backward(dy, x.detach(), w.detach(), (False, True))[0] is None
 
 
-def test_a_nan_stays_near():
-    """A voxel that is no number spoils the squares that see it, and no others."""
+def test_a_nan_reaches_what_sees_it():
     x, w, _ = make((1, 16, 5, 12, 12), 16)
     x[0, 3, 2, 5, 5] = float("nan")
     spoilt = conv_cpu.winograd(x, w, None, 1).isnan().any(1)[0].nonzero()
-    assert spoilt[:, 0].unique().tolist() == [1, 2, 3]
-    assert spoilt[:, 1:].min() >= 4 and spoilt[:, 1:].max() <= 7 and len(spoilt) >= 27
+    assert [spoilt[:, axis].unique().tolist() for axis in range(3)] == [[1, 2, 3], [4, 5, 6], [4, 5, 6]]
+
+
+def test_the_default_dtype_is_not_the_kernels():
+    x, w, _ = make((1, 32, 3, 8, 8), 32)
+    channel_bias, want = torch.randn(1, 32), conv_cpu.winograd(x, w, None, 1)
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            assert torch.equal(conv_cpu.winograd(x, w, None, 1), want)
+            added = conv_cpu.winograd(x, w, None, 1, None, channel_bias) - want
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert added.dtype == torch.float32 and (added - channel_bias[:, :, None, None, None]).abs().max() < 1e-5
+    with pytest.raises(ValueError, match="wanted planes for a result, got 2 with padding 0"):
+        conv_cpu.winograd(x[:, :, :2], w, None, 0)
+
+
+@pytest.mark.parametrize("threads", (1, 3, 16))
+def test_what_it_takes_is_planned_for_any_number_of_threads(threads):
+    """A tile of a plan is a result of its planes, whatever it reads."""
+    for planes in (1, 4, 31, 32, 34, 128):
+        asked = conv_cpu.winograd_bytes(1, (planes + 2, 16, 16), 256, 256, 0, threads)
+        assert asked == conv_cpu.winograd_bytes(1, (planes, 16, 16), 256, 256, 1, threads)
+        assert asked <= 4 * 16 * 256 * (3 * 256 + threads * 32 * 4) + threads * 2**20

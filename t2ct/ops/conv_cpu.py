@@ -76,7 +76,8 @@ def narrow(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, i
     n, c, *size = x.shape
     taps = weight.detach().permute(0, 2, 3, 4, 1).float().contiguous()
     made = [m + 2 * p - 2 for m, p in zip(size, padding, strict=True)]
-    y = large_pages(torch.empty(n, len(weight), *made, dtype=x.dtype, memory_format=torch.channels_last_3d))
+    y = torch.empty(n, len(weight), *made, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
+    y = large_pages(y)
     shift = None if bias is None else bias.detach().float().contiguous()
     shape = (n, *size, c, len(weight), x.dtype == torch.bfloat16)
     native().conv3d_narrow(shape, padding, x.data_ptr(), taps.data_ptr(), 0 if shift is None else shift.data_ptr(),
@@ -89,16 +90,17 @@ def filters(channels: int, outputs: int, size: Sequence[int], dtype: torch.dtype
 
     In bfloat16 it computes in float32, and is for processors that have no products of bfloat16 alone.
     """
-    if channels % LANES or outputs % LANES or not (dtype is torch.float32 or dtype in EMULATED - {torch.float16}):
+    wide = dtype is torch.float32 or (dtype is torch.bfloat16 and dtype in EMULATED)
+    if native() is None or channels % LANES or outputs % LANES or not wide:
         return False
     few = prod(size) <= fast_voxels() and 27 * channels * outputs >= MANY_WEIGHTS
     squares = -(-size[1] // 2) * -(-size[2] // 2)
     return not few and 12 * 4 * EIGHT * -(-squares // EIGHT) <= FILTERED * 27 * size[1] * size[2]
 
 
-def winograd_bytes(n: int, size: Sequence[int], channels: int, outputs: int, pad: int = 1) -> int:
-    """Bytes that `winograd` takes beside its tensors and its weights in float32, for x of `size` voxels."""
-    return native().winograd_bytes((n, *size, channels, outputs, False), pad, torch.get_num_threads())
+def winograd_bytes(n: int, size: Sequence[int], channels: int, outputs: int, pad: int, threads: int) -> int:
+    """Bytes that `winograd` works in beside its tensors and its weights in float32, for x of `size` voxels."""
+    return native().winograd_bytes((n, *size, channels, outputs, False), pad, threads)
 
 
 def winograd(
@@ -107,17 +109,25 @@ def winograd(
 ) -> Tensor:  # fmt: skip
     """3x3x3 of stride 1 with padding (pad, 1, 1), plus channel_bias and residual, where it `filters`; x channels-last.
 
-    As exact as the direct form: sums are float32, along chains of 64 channels. A slab of x gives the bits of the whole.
+    Sums are float32, along chains of 64 channels: over a volume the error against float64 is the direct form's or less,
+    though a large voxel may leave a rounding error where the direct form multiplies it by zero. An infinity gives NaN.
+    A slab of x gives the bits of the whole.
     """
     n, c, *size = x.shape
+    made = size[0] + 2 * pad - 2
+    if made < 1:
+        raise ValueError(f"winograd: wanted planes for a result, got {size[0]} with padding {pad}")
+    threads = torch.get_num_threads()
     taps = weight.detach().permute(0, 2, 3, 4, 1).float().contiguous()
-    shift = torch.zeros(n, len(weight)) if bias is None else bias.detach().float().expand(n, -1)
-    shift = (shift if channel_bias is None else shift + channel_bias).contiguous()
-    y = torch.empty(n, len(weight), size[0] + 2 * pad - 2, *size[1:], dtype=x.dtype, memory_format=LAST)
-    work = torch.empty(winograd_bytes(n, size, c, len(weight), pad), dtype=torch.uint8)
+    shift = torch.zeros(n, len(weight), dtype=torch.float32, device=x.device)
+    for added in (bias, channel_bias):
+        if added is not None:
+            shift += added.detach()
+    y = torch.empty(n, len(weight), made, *size[1:], dtype=x.dtype, device=x.device, memory_format=LAST)
+    work = torch.empty(winograd_bytes(n, size, c, len(weight), pad, threads), dtype=torch.uint8, device=x.device)
     if residual is not None:
         residual = residual.contiguous(memory_format=LAST)
     native().conv3d_winograd((n, *size, c, len(weight), x.dtype == torch.bfloat16), pad, x.data_ptr(), taps.data_ptr(),
                              shift.data_ptr(), 0 if residual is None else residual.data_ptr(),
-                             large_pages(y).data_ptr(), work.data_ptr(), torch.get_num_threads(), norm_cpu.ISA)
+                             large_pages(y).data_ptr(), work.data_ptr(), threads, norm_cpu.ISA)
     return y

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from t2ct.ops import conv_cpu
 from t2ct.ops.conv_cpu import MANY_WEIGHTS, TORCH_SMALL
-from t2ct.ops.dispatch import EMULATED, channels_last, forced, large_pages, why_not
+from t2ct.ops.dispatch import EMULATED, channels_last, forced, large_pages, watched, why_not
 
 FEW = 64  # voxels
 NARROW = 2
@@ -104,7 +104,7 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]) -
 
 
 def _filtered(dy: Tensor, weight: Tensor) -> bool:
-    plain = dy.device.type == "cpu" and weight.shape[2:].numel() == 27 and forced() in (None, "cpu")
+    plain = dy.device.type == "cpu" and weight.shape[2:].numel() == 27 and forced() in (None, "cpu") and not watched(dy)
     n, o, *size = dy.shape
     served = plain and conv_cpu.filters(o, weight.shape[1], (n * size[0], *size[1:]), dy.dtype)
     return served and why_not("cpu", "cpu", dy.dtype) is None

@@ -77,26 +77,35 @@ def native() -> Any:
 class _Silent:
     """t2ct._C whose kernels write nothing. What takes no argument or answers in bytes is a question, and answered."""
 
+    note: Callable[..., None] | None = None
+
     def __getattr__(self, name: str) -> Any:
         found = getattr(_C, name)
         if not callable(found) or name.endswith("_bytes"):
             return found
-        return lambda *given: None if given else found()
+
+        def silent(*given: Any) -> Any:
+            if not given:
+                return found()
+            return None if self.note is None else self.note(name, *given)
+
+        return silent
 
 
 _SILENT, _shapes = _Silent(), False
 
 
 @contextmanager
-def shapes_alone() -> Iterator[None]:
+def shapes_alone(note: Callable[..., None] | None = None) -> Iterator[None]:
     """Inside, torch's fake tensors go the way that real ones go (see `watched`), and the compiled kernels write
-    nothing: for counting what a step takes without its arithmetic. Real tensors would be left without numbers."""
+    nothing: for counting what a step takes without its arithmetic. Real tensors would be left without numbers.
+    note: told the name and the arguments of every kernel of t2ct._C that would have run."""
     global _shapes
-    before, _shapes = _shapes, True
+    before, _shapes, _SILENT.note = (_shapes, _SILENT.note), True, note
     try:
         yield
     finally:
-        _shapes = before
+        _shapes, _SILENT.note = before
 
 
 def is_channels_last(x: Tensor) -> bool:

@@ -35,7 +35,8 @@ def plan_for(
         compiled = forced() == "triton"  # until a GPU has shown those kernels right, others do not run unasked
     generic = not compiled
     emulated = device.type == "cpu" and dtype in EMULATED
-    graph = Graph(tuple(nodes), tuple(shape[2:]), dtype.itemsize, device.type, generic, emulated)  # type: ignore[arg-type]
+    size, threads = tuple(shape[2:]), torch.get_num_threads() if device.type == "cpu" else 1
+    graph = Graph(tuple(nodes), size, dtype.itemsize, device.type, generic, emulated, threads)  # type: ignore[arg-type]
     itemsize = output_itemsize or dtype.itemsize
     budget = _bytes(memory_budget, device)
     # The results of the other samples of the batch are there as well.

@@ -76,7 +76,8 @@ def _peak(graph: Graph, place: Sequence[str]) -> int:
         held += sum(graph.costs[m].bytes for m in waiting)
         chain = chain_of(graph, place, n)
         again = sum(HELD * graph.costs[m].tile + graph.costs[m].window + graph.costs[m].kept for m in chain)
-        library = [graph.costs[m].weights + graph.costs[m].reordered + graph.costs[m].made for m in (*chain, n)]
+        costs = [graph.costs[m] for m in (*chain, n)]
+        library = [max(c.direct, c.weights + c.reordered + c.made) for c in costs]
         most = max(most, held + again + max(library) + _tile_bytes(graph, n) + WORKSPACE)
         waiting.discard(n)
     return most

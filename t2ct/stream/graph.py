@@ -55,7 +55,8 @@ class Node:
 class Costs:
     """Bytes of a node whole, of one tile, of its tiles' statistics, of its weights, of these as a library blocks them,
     of the window that a tile convolves, of what is made on the way to a tile, of what is kept from tile to tile, of the
-    buffers for reading its source and its residual from a spool; operations of its convolutions."""
+    buffers for reading its source and its residual from a spool; operations of its convolutions. direct: of weights,
+    these once more and what is made where a gradient follows, which torch's convolutions have."""
 
     bytes: int
     tile: int
@@ -65,6 +66,7 @@ class Costs:
     window: int
     flops: int
     made: int
+    direct: int
     kept: int
     read_source: int
     read_residual: int
@@ -76,6 +78,7 @@ class Graph:
 
     generic: norms and doubling run as plain torch, which makes tensors on the way that the compiled forms do without.
     emulated: convolutions run in float32 and are rounded (`t2ct.ops.dispatch.EMULATED`).
+    threads: of a CPU; each works in memory of its own.
     """
 
     nodes: tuple[Node, ...]
@@ -84,6 +87,7 @@ class Graph:
     device: str = "cpu"
     generic: bool = False
     emulated: bool = False
+    threads: int = 1
 
     @cached_property
     def sizes(self) -> tuple[Size, ...]:
@@ -163,7 +167,7 @@ class Graph:
         node, normed = self.nodes[n], self.normed[n]
         whole = x * self.plane(n)
         if n == 0:
-            return Costs(whole, *[0] * 10)
+            return Costs(whole, *[0] * 11)
         taps = node.kernel**3 * self.nodes[node.source].channels
         shortcut = self.nodes[node.residual].channels if node.shortcut and node.residual is not None else 0
         window = self.window_shape(n) or (0, 0, 0, 0)
@@ -171,14 +175,19 @@ class Graph:
         weights = taps * node.channels
         reordered = node.kernel**3 * smooth_conv.padded(into) * smooth_conv.padded(node.channels)
         work, flops = smooth_conv.Work(0, self._generic(n)), 2 * x * y * z * node.channels * taps
+        one_by_one = weights, reordered
         if self.smooth(n):
             source, weights, reordered = self.sizes[node.source], 0, 0  # the form has its own
+            one_by_one = 0, 0
             work = smooth_conv.work(self.thickest(n), source, into, node.channels, self.itemsize, self.emulated)
             flops = smooth_conv.flops(source, into, node.channels)
         elif self.filtered(n):
-            weights, tile = weights * 4 // self.itemsize, (self.thickest(n) + 2, y, z)
-            reordered = conv_cpu.winograd_bytes(1, tile, into, node.channels) // self.itemsize
+            tile = (self.thickest(n) + 2, y, z)
+            weights = weights * 4 // self.itemsize
+            reordered = conv_cpu.winograd_bytes(1, tile, into, node.channels, 0, self.threads) // self.itemsize
+            flops = flops * 12 // 27
         made = work.made + self._widened(n, weights, reordered)
+        direct = work.made + self._widened(n, *one_by_one, direct=True) + sum(one_by_one) * self.itemsize
         return Costs(
             bytes=whole,
             tile=self.thickest(n) * self.plane(n),
@@ -188,6 +197,7 @@ class Graph:
             window=window[0] * window[1] * window[2] * window[3] * self.itemsize,
             flops=flops + 2 * x * y * z * node.channels * shortcut,
             made=made,
+            direct=direct,
             kept=work.kept,
             read_source=self._read_source(n),
             read_residual=0 if node.residual is None else self.thickest(n) * self.plane(node.residual),
@@ -204,7 +214,7 @@ class Graph:
         normed = 40 * min(numbers, max(norm.AT_ONCE, one))
         return max(normed, 12 * (DOUBLED + 4) * y * z * c if self.nodes[n].resample == "up" else 0)
 
-    def _widened(self, n: int, weights: int, reordered: int) -> int:
+    def _widened(self, n: int, weights: int, reordered: int, direct: bool = False) -> int:
         """Bytes more where convolutions run in float32: what they read, their weights as they are, as torch and as
         oneDNN lays them, and their result, before the tile is there to which that is rounded."""
         if not self.emulated or self.smooth(n):
@@ -214,7 +224,7 @@ class Graph:
         tile = self.thickest(n) * self.plane(n)
         counted = (weights + reordered) * self.itemsize + tile * (1 + bool(node.shortcut))
         made = 4 * (prod(self.window_shape(n) or read) + 2 * weights + reordered + tile // self.itemsize)
-        made = 0 if self.filtered(n) else made  # which reads and writes bfloat16
+        made = 0 if self.filtered(n) and not direct else made  # which reads and writes bfloat16
         if node.shortcut and node.residual is not None:
             into = self.nodes[node.residual].channels
             blocks = smooth_conv.padded(into) * smooth_conv.padded(node.channels)

@@ -117,10 +117,14 @@ void conv3d_winograd(const WinogradShape& s, const void* x, const float* w, cons
   const int64_t units = plan.units(s), used = std::min<int64_t>(units, threads);
   const int64_t panels = up(s.out, kernels.panel);
   float *const u = work, *const scratch = work + weight_numbers(s);
-  std::fill_n(scratch, used * plan.scratch(s), 0.0f);  // squares that fill a block up are multiplied too
 
 #pragma omp parallel num_threads(static_cast<int>(used)) if (used > 1)
   {
+    float* own = scratch;
+#ifdef _OPENMP
+    own += omp_get_thread_num() * plan.scratch(s);
+#endif
+    std::fill_n(own, plan.scratch(s), 0.0f);  // squares that fill a block up are multiplied too
 #pragma omp for schedule(static)
     for (int64_t p = 0; p < panels; ++p) kernels.weights(w, p * kernels.panel, s.in, s.out, u);
 #pragma omp for schedule(dynamic)
@@ -129,10 +133,6 @@ void conv3d_winograd(const WinogradShape& s, const void* x, const float* w, cons
       const int64_t z0 = block % plan.parts_z * plan.bz, y0 = block / plan.parts_z % plan.parts_y * plan.by;
       Block b{std::min(plan.by, plan.squares_y - y0), std::min(plan.bz, plan.squares_z - z0), 0};
       b.rows = up(b.by * b.bz, ROWS_AT_ONCE) * ROWS_AT_ONCE;
-      float* own = scratch;
-#ifdef _OPENMP
-      own += omp_get_thread_num() * plan.scratch(s);
-#endif
       Unit{s, plan, kernels, static_cast<const char*>(x), own, block / (plan.parts_z * plan.parts_y), y0, z0, b,
            {-1, -1, -1}}.run(
           part * plan.length, std::min((part + 1) * plan.length, plan.planes), u, shift,

@@ -34,6 +34,7 @@ from t2ct.train.memory.recipes import checkpoint_blocks, probe_recipe
 from t2ct.train.optim import moment_bytes
 from t2ct.train.recipe import Batch, by_itself
 
+CONVOLUTIONS = {"conv3d": 27, "conv3d_winograd": 12}  # kernels of t2ct._C -> multiplications a number and channel
 MARGIN = 1.08  # what kernels take inside themselves besides: reordered weights, copies that no operator shows
 BLOCK = 16 * 16
 MICROS = 2  # micro-batches that are gone through: further ones take their input, and no more
@@ -63,7 +64,8 @@ def count_update(
     gradients are there all the time, so that they may be taken off the peak."""
     parts = config.batch // micro
     gone = min(parts, MICROS)
-    with shapes_alone(), by_itself(), _quiet(), FakeTensorMode(), _Count(_whole_number(config)) as count:
+    count = _Count(_whole_number(config))
+    with shapes_alone(count.kernel), by_itself(), _quiet(), FakeTensorMode(), count:
         recipe = probe_recipe(kind, config, device)
         if blocks:
             checkpoint_blocks(recipe.parts)
@@ -149,6 +151,15 @@ class _Count(TorchDispatchMode):
     def restart(self) -> None:
         """Forget the peak and the work, not what is alive."""
         self.peak, self.work = self.now, Counter()
+
+    def kernel(self, name: str, *given: Any) -> None:
+        """The work of a convolution by t2ct._C, which is no operator."""
+        if name in CONVOLUTIONS:
+            n, x, y, z, channels, outputs, bfloat16 = given[0]
+            numbers = n * x * y * z * outputs
+            self.work["conv"] += 2 * CONVOLUTIONS[name] * numbers * channels
+            self.work["moved"] += (2 if bfloat16 else 4) * numbers * (1 + channels / outputs)
+            self.work["calls"] += 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is aten._local_scalar_dense.default:
