@@ -24,6 +24,9 @@ def main(*paths: str) -> None:
         f"{cpu.get('brand_raw', machine['machine'])}, {machine['threads']} threads, "
         f"torch {machine['versions']['torch']}, MONAI {machine['versions']['monai']}. No figure here is a GPU's.\n"
     )
+    wide = [Path(path).stem for path, c in zip(paths, contents, strict=True) if c["machine_info"].get("large_pages")]
+    if wide:
+        print(f"Torch's own tensors lay on pages of 2 MB too in {', '.join(wide)}; elsewhere as installed.\n")
     extra = {row["name"]: row["extra_info"] for row in rows}
     print("| what | measured | target |\n|---|---|---|")
     if "test_generate" in extra:
@@ -77,7 +80,7 @@ def main(*paths: str) -> None:
     if ops:
         print("\nOps, medians. Roofline: share of what a copy from memory and torch's float32 matrix product")
         print("reached in the same session; above 100 % where data stay in the cache, numbers are bfloat16 or")
-        print("folding saves work.\n")
+        print("folding or filtering saves work.\n")
         print("| op | torch | t2ct | ratio | roofline | relative error |\n|---|---|---|---|---|---|")
         for name, peers in ops.items():
             if {"torch", "cpu"} <= peers.keys():

@@ -91,7 +91,7 @@ def filters(channels: int, outputs: int, size: Sequence[int], dtype: torch.dtype
     In bfloat16 it computes in float32, and is for processors that have no products of bfloat16 alone.
     """
     wide = dtype is torch.float32 or (dtype is torch.bfloat16 and dtype in EMULATED)
-    if native() is None or channels % LANES or outputs % LANES or not wide:
+    if not fast_voxels() or channels % LANES or outputs % LANES or not wide:  # where nothing was measured: torch's own
         return False
     few = prod(size) <= fast_voxels() and 27 * channels * outputs >= MANY_WEIGHTS
     squares = -(-size[1] // 2) * -(-size[2] // 2)

@@ -64,8 +64,8 @@ def count_update(
     gradients are there all the time, so that they may be taken off the peak."""
     parts = config.batch // micro
     gone = min(parts, MICROS)
-    count = _Count(_whole_number(config))
-    with shapes_alone(count.kernel), by_itself(), _quiet(), FakeTensorMode(), count:
+    counting = _Count(_whole_number(config))
+    with shapes_alone(counting.kernel), by_itself(), _quiet(), FakeTensorMode(), counting as count:
         recipe = probe_recipe(kind, config, device)
         if blocks:
             checkpoint_blocks(recipe.parts)
