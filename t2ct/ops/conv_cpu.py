@@ -18,7 +18,9 @@ MANY_WEIGHTS = 400_000
 # Up to this N * C * X * Y torch's convolution does not ask oneDNN (use_mkldnn in ATen/native/Convolution.cpp).
 TORCH_SMALL = 20480
 # Up to how many voxels the kernel was measured to make a UNet's pass faster (benchmarks/bench_conv.py has it alone).
+# In bfloat16, which oneDNN multiplies twice as fast as float32, fewer.
 FAST_VOXELS = {"avx512": 512, "avx2": 512}
+FAST_BFLOAT16 = 128
 
 # To at most so many channels `narrow` was measured to be faster than oneDNN (benchmarks/bench_conv.py).
 NARROW = 4
@@ -30,9 +32,10 @@ LANES = 16  # csrc takes channels in sixteens
 FILTERED, EIGHT = 0.5, 8
 
 
-def fast_voxels() -> int:
+def fast_voxels(dtype: torch.dtype = torch.float32) -> int:
     """The row of FAST_VOXELS that holds here."""
-    return 0 if native() is None else FAST_VOXELS.get(native().isas()[norm_cpu.ISA], 0)
+    most = 0 if native() is None else FAST_VOXELS.get(native().isas()[norm_cpu.ISA], 0)
+    return min(most, FAST_BFLOAT16) if dtype is torch.bfloat16 else most
 
 
 def refusal(x: Tensor) -> str | None:
