@@ -39,8 +39,7 @@ CONV: Table = {"triton": conv_autograd.conv3d, "cpu": conv_cpu.conv3d, "referenc
 TABLES = {"conv3d": CONV}
 NOTES = {  # for explain(); {what} is what runs
     ("conv3d", "cpu"): "{what}: 3x3x3 without gradient, by Winograd's filtering in float32; of at most "
-    f"{conv_cpu.fast_voxels()} voxels ({conv_cpu.FAST_BFLOAT16} in bfloat16) and at least {MANY_WEIGHTS:,} weights, "
-    f"or to at most {conv_cpu.NARROW} outputs, "
+    f"{conv_cpu.fast_voxels()} voxels and at least {MANY_WEIGHTS:,} weights, or to at most {conv_cpu.NARROW} outputs, "
     "directly; else torch's",
 }
 
@@ -92,7 +91,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, paddin
         return conv_cpu.narrow(x, weight, bias, pads)
     if inference(x, weight, bias) and tuple(weight.shape[2:]) == (3, 3, 3) and (stride, padding) == (1, 1):
         voxels = x.shape[0] * x.shape[2:].numel()
-        pays = voxels <= conv_cpu.fast_voxels(x.dtype) and weight.numel() >= MANY_WEIGHTS and weight.is_contiguous()
+        pays = conv_cpu.few(voxels, weight.numel(), x.dtype) and weight.is_contiguous()
         if forced() == "cpu" or (forced() not in CONV and pays and conv_cpu.refusal(x) is None):
             return choose("conv3d", {"cpu": CONV["cpu"]}, x)[1](x, weight, bias)
     if _onednn(x, weight):

@@ -18,9 +18,10 @@ MANY_WEIGHTS = 400_000
 # Up to this N * C * X * Y torch's convolution does not ask oneDNN (use_mkldnn in ATen/native/Convolution.cpp).
 TORCH_SMALL = 20480
 # Up to how many voxels the kernel was measured to make a UNet's pass faster (benchmarks/bench_conv.py has it alone).
-# In bfloat16, which oneDNN multiplies twice as fast as float32, fewer.
+# In bfloat16, which oneDNN multiplies twice as fast as float32, fewer, but where it would lay out so many weights anew
+# that a pass takes more memory than MONAI's.
 FAST_VOXELS = {"avx512": 512, "avx2": 512}
-FAST_BFLOAT16 = 128
+FAST_BFLOAT16, VERY_MANY_WEIGHTS = 128, 2_000_000
 
 # To at most so many channels `narrow` was measured to be faster than oneDNN (benchmarks/bench_conv.py).
 NARROW = 4
@@ -32,10 +33,17 @@ LANES = 16  # csrc takes channels in sixteens
 FILTERED, EIGHT = 0.5, 8
 
 
-def fast_voxels(dtype: torch.dtype = torch.float32) -> int:
+def fast_voxels() -> int:
     """The row of FAST_VOXELS that holds here."""
-    most = 0 if native() is None else FAST_VOXELS.get(native().isas()[norm_cpu.ISA], 0)
-    return min(most, FAST_BFLOAT16) if dtype is torch.bfloat16 else most
+    return 0 if native() is None else FAST_VOXELS.get(native().isas()[norm_cpu.ISA], 0)
+
+
+def few(voxels: int, weights: int, dtype: torch.dtype) -> bool:
+    """Are the voxels of a 3x3x3 convolution so few under so many weights that `conv3d` is for it?"""
+    most = fast_voxels()
+    if dtype is torch.bfloat16 and weights < VERY_MANY_WEIGHTS:
+        most = min(most, FAST_BFLOAT16)
+    return voxels <= most and weights >= MANY_WEIGHTS
 
 
 def refusal(x: Tensor) -> str | None:
@@ -96,9 +104,9 @@ def filters(channels: int, outputs: int, size: Sequence[int], dtype: torch.dtype
     wide = dtype is torch.float32 or (dtype is torch.bfloat16 and dtype in EMULATED)
     if not fast_voxels() or channels % LANES or outputs % LANES or not wide:  # where nothing was measured: torch's own
         return False
-    few = prod(size) <= fast_voxels() and 27 * channels * outputs >= MANY_WEIGHTS
     squares = -(-size[1] // 2) * -(-size[2] // 2)
-    return not few and 12 * 4 * EIGHT * -(-squares // EIGHT) <= FILTERED * 27 * size[1] * size[2]
+    direct = few(prod(size), 27 * channels * outputs, dtype)
+    return not direct and 12 * 4 * EIGHT * -(-squares // EIGHT) <= FILTERED * 27 * size[1] * size[2]
 
 
 def winograd_bytes(n: int, size: Sequence[int], channels: int, outputs: int, pad: int, threads: int) -> int:
