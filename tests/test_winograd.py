@@ -47,6 +47,7 @@ def test_matches_float64(isa, shape, outputs, pad, dtype):
         y = conv_cpu.winograd(x, w, bias, pad, added, channel_bias)
         assert y.dtype == dtype and y.is_contiguous(memory_format=LAST) and y.shape == exact.shape
         assert error(y, exact) <= 2 * error(theirs, exact) + slack
+        assert dtype == torch.bfloat16 or error(y, exact) <= 3e-7  # whatever oneDNN has on this processor
 
 
 def test_exact_where_numbers_are_whole(isa):

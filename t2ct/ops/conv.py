@@ -39,7 +39,9 @@ CONV: Table = {"triton": conv_autograd.conv3d, "cpu": conv_cpu.conv3d, "referenc
 TABLES = {"conv3d": CONV}
 NOTES = {  # for explain(); {what} is what runs
     ("conv3d", "cpu"): "{what}: 3x3x3 without gradient, by Winograd's filtering in float32; of at most "
-    f"{conv_cpu.fast_voxels()} voxels and at least {MANY_WEIGHTS:,} weights, or to at most {conv_cpu.NARROW} outputs, "
+    f"{conv_cpu.fast_voxels()} voxels (in bfloat16 {conv_cpu.FAST_BFLOAT16} under fewer than "
+    f"{conv_cpu.VERY_MANY_WEIGHTS:,} weights) and at least {MANY_WEIGHTS:,} weights, or to at most "
+    f"{conv_cpu.NARROW} outputs, "
     "directly; else torch's",
 }
 

@@ -185,7 +185,7 @@ class Graph:
             tile = (self.thickest(n) + 2, y, z)
             weights = weights * 4 // self.itemsize
             reordered = conv_cpu.winograd_bytes(1, tile, into, node.channels, 0, self.threads) // self.itemsize
-            flops = flops * 12 // 27
+            flops = flops * conv_cpu.WINOGRAD // conv_cpu.DIRECT
         made = work.made + self._widened(n, weights, reordered)
         direct = work.made + self._widened(n, *one_by_one, direct=True) + sum(one_by_one) * self.itemsize
         return Costs(

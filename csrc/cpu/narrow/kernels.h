@@ -1,19 +1,12 @@
 // The serial kernel of narrow.h, written once in the compiler's vector types and compiled once per instruction set: the
 // including file sets T2CT_WIDTH (floats in a register). No standard library here: see norm/kernels.h. setup.py compiles
 // these units with -ffp-contract=off: multiply_add says what is fused.
+#include "../fused.h"
 #include "../vectors.h"
 #include "narrow.h"
 
 namespace t2ct {
 namespace {
-
-#if T2CT_WIDTH == 16
-inline vf multiply_add(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
-#elif T2CT_WIDTH == 8
-inline vf multiply_add(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
-#else
-inline vf multiply_add(vf a, vf b, vf c) { return a * b + c; }
-#endif
 
 constexpr int TILE = NARROW_TILE;
 

@@ -3,6 +3,7 @@
 //
 // setup.py compiles these units with -ffp-contract=off: which products a compiler fuses may differ from copy to copy of
 // a loop, and the bits with it. multiply_add says what is fused.
+#include "../fused.h"
 #include "../vectors.h"
 #include "resample.h"
 
@@ -14,7 +15,6 @@ inline void store(float* p, vf a, vf b) { store(p, a), store(p + W, b); }
 // bfloat16 is the upper half of a float32, rounded to nearest even. A NaN needs no care here: what is rounded was made
 // of bfloat16 numbers, so a NaN's lower half is 0 and cannot carry into its upper one.
 #if T2CT_WIDTH == 16
-inline vf multiply_add(vf a, float b, vf c) { return _mm512_fmadd_ps(a, _mm512_set1_ps(b), c); }
 inline __m512i rounded(vf v) {
   const __m512i u = (__m512i)v, up = _mm512_add_epi32(u, _mm512_set1_epi32(0x7fff));
   return _mm512_mask_add_epi32(up, _mm512_test_epi32_mask(u, _mm512_set1_epi32(0x10000)), up, _mm512_set1_epi32(1));
@@ -32,7 +32,6 @@ inline void stream(uint16_t* p, vf a, vf b) { _mm512_stream_si512((__m512i*)p, b
 inline void stream(float* p, vf a, vf b) { _mm512_stream_ps(p, a), _mm512_stream_ps(p + W, b); }
 inline void fence() { _mm_sfence(); }
 #elif T2CT_WIDTH == 8
-inline vf multiply_add(vf a, float b, vf c) { return _mm256_fmadd_ps(a, _mm256_set1_ps(b), c); }
 inline __m256i upper(vf v) {
   vu u = (vu)v;
   return (__m256i)((u + ((u >> 16 & 1u) + 0x7fffu)) >> 16);
@@ -44,7 +43,6 @@ inline void stream(uint16_t* p, vf a, vf b) { _mm256_stream_si256((__m256i*)p, b
 inline void stream(float* p, vf a, vf b) { _mm256_stream_ps(p, a), _mm256_stream_ps(p + W, b); }
 inline void fence() { _mm_sfence(); }
 #else
-inline vf multiply_add(vf a, float b, vf c) { return a * b + c; }
 inline void store(uint16_t* p, vf v) {
   vu u = reinterpret_cast<vu>(v);
   *reinterpret_cast<vh*>(p) = __builtin_convertvector((u + ((u >> 16 & 1u) + 0x7fffu)) >> 16, vh);

@@ -1,20 +1,13 @@
 // The serial kernels of winograd.h, written once in the compiler's vector types and compiled once per instruction set:
 // the including file sets T2CT_WIDTH (floats in a register). No standard library here: see norm/kernels.h. setup.py
 // compiles these units with -ffp-contract=off: multiply_add says what is fused.
+#include "../fused.h"
 #include "../rounding.h"
 #include "../vectors.h"
 #include "winograd.h"
 
 namespace t2ct {
 namespace {
-
-#if T2CT_WIDTH == 16
-inline vf multiply_add(float a, vf b, vf c) { return _mm512_fmadd_ps(_mm512_set1_ps(a), b, c); }
-#elif T2CT_WIDTH == 8
-inline vf multiply_add(float a, vf b, vf c) { return _mm256_fmadd_ps(_mm256_set1_ps(a), b, c); }
-#else
-inline vf multiply_add(float a, vf b, vf c) { return a * b + c; }
-#endif
 
 constexpr int R = W == 16 ? ROWS_AT_ONCE : ROWS_AT_ONCE / 2;  // R * V sums in 32 registers, or in 16
 constexpr int V = 2;
@@ -77,7 +70,7 @@ __attribute__((always_inline)) inline void product(const float* const* v, int64_
         vf w[N];
         for (int n = 0; n < N; ++n) w[n] = load(u + n * W);
         for (int r = 0; r < R; ++r)
-          for (int n = 0; n < N; ++n) s[r][n] = multiply_add(row[r * C], w[n], s[r][n]);
+          for (int n = 0; n < N; ++n) s[r][n] = multiply_add(w[n], row[r * C], s[r][n]);
       }
       for (int r = 0; r < R; ++r)
         for (int n = 0; n < N; ++n) {
@@ -151,7 +144,10 @@ void weights(const float* w, int64_t first, int64_t C, int64_t O, float* u) {
       for (int64_t o = 0; o < width; ++o) {
         const float* from = w + ((first + o) * 27 + 9 * p) * C + c;
         vf columns[3][4], made[4];
-        for (int z = 0; z < 3; ++z) filtered(load(from + z * C), load(from + (3 + z) * C), load(from + (6 + z) * C), columns[z]);
+        for (int z = 0; z < 3; ++z) {
+          const float* at = from + z * C;
+          filtered(load(at), load(at + 3 * C), load(at + 6 * C), columns[z]);
+        }
         for (int y = 0; y < 4; ++y) {
           filtered(columns[0][y], columns[1][y], columns[2][y], made);
           for (int z = 0; z < 4; ++z)

@@ -94,7 +94,8 @@ struct Unit {
         const int64_t to = ((n * plan.planes + a) * s.Y + row) * line + 2 * z0 * (line / s.Z);
         const bool second = row + 1 < s.Y;
         void* const rows[2] = {y + to, second ? y + to + line : nullptr};
-        const void* const added[2] = {residual + to, second ? residual + to + line : nullptr};
+        const char* const lower = residual ? residual + to : nullptr;
+        const void* const added[2] = {lower, residual && second ? lower + line : nullptr};
         kernels.finish(product(), block, i, s.out, shift + n * s.out, residual ? added : nullptr, voxels, rows);
       }
     }

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from t2ct.models import CLIP3D, VAE
-from t2ct.ops.conv_cpu import TORCH_SMALL
+from t2ct.ops.conv_cpu import DIRECT, TORCH_SMALL, WINOGRAD
 from t2ct.ops.dispatch import shapes_alone
 from t2ct.train.config import CLIPTraining, LDMTraining, Training
 from t2ct.train.loop import Run
@@ -34,7 +34,7 @@ from t2ct.train.memory.recipes import checkpoint_blocks, probe_recipe
 from t2ct.train.optim import moment_bytes
 from t2ct.train.recipe import Batch, by_itself
 
-CONVOLUTIONS = {"conv3d": 27, "conv3d_winograd": 12}  # kernels of t2ct._C -> multiplications a number and channel
+CONVOLUTIONS = {"conv3d": DIRECT, "conv3d_winograd": WINOGRAD}  # kernels of t2ct._C
 MARGIN = 1.08  # what kernels take inside themselves besides: reordered weights, copies that no operator shows
 BLOCK = 16 * 16
 MICROS = 2  # micro-batches that are gone through: further ones take their input, and no more
@@ -56,12 +56,19 @@ class Cost:
     work: Mapping[str, float]
 
 
-@lru_cache(maxsize=64)
 def count_update(
     kind: str, config: Training, micro: int, blocks: bool, device: torch.device, standing: bool = False
 ) -> Cost:
     """The cost of an update of config.batch samples, `micro` at once, on one CPU; blocks: computed again; standing: the
     gradients are there all the time, so that they may be taken off the peak."""
+    return _count(kind, config, micro, blocks, device, standing, torch.get_num_threads())
+
+
+@lru_cache(maxsize=64)
+def _count(
+    kind: str, config: Training, micro: int, blocks: bool, device: torch.device, standing: bool, threads: int
+) -> Cost:
+    """threads: each works in memory of its own, so what was counted for some is not remembered for others."""
     parts = config.batch // micro
     gone = min(parts, MICROS)
     counting = _Count(_whole_number(config))
