@@ -17,7 +17,7 @@ def add_parser(commands: Any, **options: Any) -> None:
         "A second call goes on where the first stopped.",
         **options,
     )
-    parser.add_argument("--data", required=True, metavar="DIR", help="a prepared folder, CT-RATE, or phantoms:N")
+    parser.add_argument("--data", required=True, metavar="DIR", help="a prepared folder, CT-RATE, phantoms:N or NxK")
     parser.add_argument("--vae", required=True, metavar="RUN", help='run or model folder, or "embedded"')
     parser.add_argument("--out", required=True, metavar="FOLDER", help="folder to write into, made if missing")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, …; default: the GPU if there is one")

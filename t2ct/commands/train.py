@@ -42,7 +42,7 @@ def add_parser(commands: Any, **options: Any) -> None:
 
 def _add_kind(kinds: Any, kind: str, told: str, **options: Any) -> None:
     parser = kinds.add_parser(kind, help=told, description=f"Train {told}.", **options)
-    parser.add_argument("--data", metavar="DIR", help="a prepared folder, CT-RATE, latents (ldm), or phantoms:N")
+    parser.add_argument("--data", metavar="DIR", help="a prepared folder, CT-RATE, latents (ldm), phantoms:N or NxK")
     parser.add_argument("--out", metavar="RUN", help="folder of the run; the weights come into RUN/final")
     parser.add_argument("--preset", choices=PRESETS, default="recommended", help="default: %(default)s")
     parser.add_argument("--config", metavar="FILE", help="TOML on top of the preset; --init writes one")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from t2ct.data.volume import NIFTI_SUFFIXES
-from t2ct.train.data import phantom_count
+from t2ct.train.data import phantom_counts
 from t2ct.train.data.phantoms import PhantomSource
 from t2ct.train.data.source import BadVolume, Entry, Item, Source, hu_evidence
 from t2ct.train.data.tables import FolderSource, Row, read_rows
@@ -55,7 +55,7 @@ def open_sets(spec: str | Path, size: Size, count: int | None = None, train_coun
     if count is not None and count < 1:
         raise ValueError(f"count: wanted an integer of at least 1, got {count}")
     if str(spec).startswith("phantoms:"):
-        n = phantom_count(str(spec))
+        n, _ = phantom_counts(str(spec))
         n = min(n, count or n)
         train = PhantomSource(train_count, "train", size) if train_count else None
         return Sets(PhantomSource(n, "test", size), train)

@@ -121,6 +121,9 @@ class VAETraining(Training):
     edge_weight: float = key(0.0, "of the L1 of differences between neighbouring voxels")
     square_weight: float = key(0.0, "of the squared error: small bright things are few voxels, and L1 is a median")
     window_weight: float = key(0.0, "of the L1 in the mediastinal window, as a share of its width")
+    finding_weight: float = key(
+        0.0, "share of a volume that each finding counts as, besides its own, where it is known (phantoms)"
+    )
     offset_weight: float = key(1.0, "of the common offset of a sample; below 1 it is taken out of the other terms")
     log_variance_start: float = key(
         0.0, "bias with which the log variance of the latents begins", within=Range(-30, 20)
@@ -130,6 +133,8 @@ class VAETraining(Training):
         if not isinstance(self.patches, (tuple, list)) or not self.patches:
             raise ValueError(f"patches: wanted at least one size, such as [[64, 64, 64]], got {self.patches!r:.200}")
         super().__post_init__()
+        if self.finding_weight and self.augment:
+            raise ValueError("finding_weight: wanted augment=false, since findings lie where they were, got true")
 
     def check_patches(self) -> None:
         """ValueError unless patches, their order, volumes and networks fit: what is told apart, and looked at together
@@ -184,6 +189,10 @@ class LDMTraining(Training):
     time: str = key("uniform", "law of the times before the shift", choices=("uniform", "logit-normal"))
     shift: bool = key(True, "shift times towards noise as sampling does")
     stratified: bool = key(True, "one time in each stratum of a batch: the same law, less noise in the loss")
+    group: int = key(
+        1, "samples that come together under the same noise, at the same time: the K of phantoms:NxK, one patient's",
+        within=POSITIVE_COUNT,
+    )  # fmt: skip
     latents: str = key("sampled", "sampled: mu + sigma * fresh noise", choices=("sampled", "means"))
     text_dropped: float = key(0.1, "share of samples that see no text", within=SHARE)
     text_noise: float = key(0.0, "length of the noise added to a text's unit vector")
@@ -200,6 +209,8 @@ class LDMTraining(Training):
         if self.refit and (self.lora or not self.start):
             got = "lora, whose adapters are kept without the weights" if self.lora else "none"
             raise ValueError(f"refit: wanted start=, a model's folder with its CLIP3D, and no lora, got {got}")
+        if self.batch % self.group:
+            raise ValueError(f"group: wanted a part of batch={self.batch} that divides it, got {self.group}")
         if self.whiten and self.lora:
             raise ValueError("whiten: wanted false beside lora, whose adapters are kept without the weights, got true")
 

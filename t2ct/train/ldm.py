@@ -77,10 +77,15 @@ class Flows:
         eps = torch.randn(x0.shape, generator=rng)
         if c.latents == "sampled":
             x0 = x0 + latent.sigma.float() * eps
+        if c.group > 1 and number < VALID_NUMBER:
+            # What one patient's volumes differ by is what their reports say: under the same noise and at the same time
+            # all else that moves the gradient is the same, and cancels where the network compares them.
+            rng = generator(c.seed + 2, number - place % c.group)
         t = torch.rand((), generator=rng)
         if c.stratified and number < VALID_NUMBER:
-            strata = torch.randperm(c.batch, generator=generator(c.seed + 1, (number - place) // c.batch))
-            t = (strata[place] + t) / c.batch
+            groups = c.batch // c.group
+            strata = torch.randperm(groups, generator=generator(c.seed + 1, (number - place) // c.batch))
+            t = (strata[place // c.group] + t) / groups
         if c.time == "logit-normal":
             t = torch.special.ndtri(t.clamp(1e-4, 1 - 1e-4)).sigmoid()
         made = {
@@ -108,7 +113,7 @@ class LDMRecipe(Recipe):
     ):  # fmt: skip
         """former: the encoder whose contexts the model knows, where it is not `clip`."""
         self.config, self.model, self.vae, self.clip, self.tokenizer = config, model, vae, clip, tokenizer
-        self.source, self.valid = source, valid
+        self.source, self.valid, self.group = source, valid, config.group
         if config.small_weight and source and source.read(0).small is None:
             told = "small_weight: nothing to weigh, since these data do not know where their small findings are"
             warnings.warn(told, stacklevel=2)

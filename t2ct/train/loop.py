@@ -207,7 +207,8 @@ def run(
     if found:
         state.restore(*found)
     samples = recipe.samples()
-    micros = Micros(Order(len(samples.source), config.batch, config.seed), micro, state.step, config.steps, rank, world)
+    order = Order(len(samples.source), config.batch, config.seed, recipe.group)
+    micros = Micros(order, micro, state.step, config.steps, rank, world)
     ahead = reading(samples, micros, config.workers, device.type == "cuda")
     metrics = Metrics(folder, recipe.shown, state.step, config.tensorboard) if rank == 0 else None
     for part in recipe.parts.values():

@@ -79,6 +79,7 @@ class Recipe:
     shown: tuple[str, ...] = ()  # what `loss` shows besides its value
     least = 1  # voxels (of what `example` makes) along an axis that the networks need
     wide = False  # does a network need the whole width of a volume?
+    group = 1  # volumes that stay together, as they follow one another in the data
     better = 1  # is a larger score of `validate` better (1), or a smaller (-1)?
 
     def samples(self) -> Samples:

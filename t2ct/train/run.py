@@ -73,8 +73,8 @@ def train(
     """Train a network and return the folder with its final weights, `out`/final.
 
     kind     "vae", "clip", "ldm" or "judge"
-    data     "phantoms:N", a prepared folder, a CT-RATE-shaped folder, or for "ldm" a folder of latents; the presets
-             tiny and embedded have phantoms of their own
+    data     "phantoms:N" or "phantoms:NxK", a prepared folder, a CT-RATE-shaped folder, or for "ldm" a folder of
+             latents; the presets tiny and embedded have phantoms of their own
     out      the run's folder; one that holds a run is refused unless `resume`, which goes on, or begins where there is
              none
     preset   "published", "recommended", "embedded" or "tiny"; config: a TOML file on top of it; then **values, the

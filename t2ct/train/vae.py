@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from t2ct.data.phantoms import LABELS
 from t2ct.files import write_files
 from t2ct.models import VAE, hu_to_unit
 from t2ct.models.layers import channels_last
@@ -20,6 +23,7 @@ from t2ct.train.parts.folders import export_folder
 from t2ct.train.recipe import Batch, Recipe, Shown, placed, readable
 from t2ct.train.show.figures import picture_pairs, reconstruction
 
+MOST_WEIGHT = 50.0  # of a voxel of a finding that is a few voxels
 WINDOW = hu_to_unit(torch.tensor([-160.0, 240.0])).tolist()
 
 
@@ -29,15 +33,34 @@ def kl_divergence(mu: Tensor, sigma: Tensor) -> Tensor:
     return kl.flatten(1).sum(1).mean()
 
 
-def edge_loss(x: Tensor, y: Tensor) -> Tensor:
+def edge_loss(x: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
     """Mean absolute difference of the forward differences along the three axes: what L1 alone lets blur."""
-    return sum((x.diff(dim=d) - y.diff(dim=d)).abs().mean() for d in (2, 3, 4)) / 3  # type: ignore[return-value]
+    total = torch.zeros((), device=x.device)
+    for d in (2, 3, 4):
+        error = (x.diff(dim=d) - y.diff(dim=d)).abs()
+        total = total + (error if weight is None else error * weight.narrow(d, 1, error.shape[d])).mean()
+    return total / 3
 
 
-def window_loss(x: Tensor, y: Tensor) -> Tensor:
+def window_loss(x: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
     """Mean absolute difference inside the mediastinal window (W 400, L 40), as a share of its width."""
     low, high = WINDOW
-    return (x.clamp(low, high) - y.clamp(low, high)).abs().mean() / (high - low)
+    error = (x.clamp(low, high) - y.clamp(low, high)).abs()
+    return (error if weight is None else error * weight).mean() / (high - low)
+
+
+def finding_weights(cells: np.ndarray, shape: tuple[int, ...], share: float) -> np.ndarray:
+    """`Item.findings` (X/2, Y/2, Z/2) -> (X, Y, Z) float32 weights of the voxels' errors: 1, and in a finding so much
+    more that all of it counts as `share` of the volume, but no voxel more than `MOST_WEIGHT` times for one finding."""
+    more = np.zeros(cells.shape, np.float32)
+    for bit in range(len(LABELS)):
+        inside = cells & np.uint32(1 << bit) != 0
+        if count := int(inside.sum()):
+            more[inside] += min(share * cells.size / count, MOST_WEIGHT)
+    weights = np.ones(shape, np.float32)
+    x, y, z = (2 * n for n in cells.shape)
+    weights[:x, :y, :z] += more.repeat(2, 0).repeat(2, 1).repeat(2, 2)
+    return weights
 
 
 class Patches:
@@ -56,11 +79,18 @@ class Patches:
     def __call__(self, item: Item, draw: Draw) -> Batch:
         rng = generator(self.config.seed, draw[1])
         size = self.patch_at(draw[1] - draw[2])  # of its batch: all patches of one are alike
-        x = hu_to_unit(torch.from_numpy(cut(item.hu, size, rng))[None])
+        weighed = bool(self.config.finding_weight) and item.findings is not None
+        values = item.hu[None]
+        if weighed:
+            weights = finding_weights(item.findings, item.hu.shape, self.config.finding_weight)  # type: ignore[arg-type]
+            values = np.stack((item.hu.astype(np.float32), weights))
+        patch = torch.from_numpy(cut(values, size, rng))
+        x = hu_to_unit(patch[:1])
         if self.config.augment:
             x = augment(x, rng)
         noise = torch.randn((self.channels, *(n // self.factor for n in size)), generator=rng)
-        return {"x": x, "noise": noise}
+        made = {"x": x, "noise": noise}
+        return made | {"weight": patch[1:]} if weighed else made
 
 
 class VAERecipe(Recipe):
@@ -77,6 +107,9 @@ class VAERecipe(Recipe):
         self.config, self.model, self.source, self.valid, self.bad = config, model, source, valid, bad
         self.parts: dict[str, nn.Module] = {"vae": model}
         self.perceptual = perceptual
+        if config.finding_weight and source and source.read(0).findings is None:
+            told = "finding_weight: nothing to weigh, since these data do not know where their findings are"
+            warnings.warn(told, stacklevel=2)
         device = next(model.parameters()).device
         if perceptual is None and config.perceptual == "random" and config.perceptual_weight:
             self.perceptual = placed(RandomFeatures(), device)
@@ -114,14 +147,16 @@ class VAERecipe(Recipe):
             # With one volume a step the common offset would be most of every gradient, now this way, now that, and
             # drown what is to be learnt.
             y, loss = y - offset, c.offset_weight * offset.abs().mean()
-        l1, kl = (x - y).abs().mean(), kl_divergence(mu, sigma)
-        loss = loss + l1 + c.kl_weight * kl / (x[0].numel() if c.kl_per_voxel else 1)
+        weight, error = batch.get("weight"), (x - y).abs()
+        l1, kl = error.mean(), kl_divergence(mu, sigma)
+        loss = loss + (l1 if weight is None else (error * weight).mean())
+        loss = loss + c.kl_weight * kl / (x[0].numel() if c.kl_per_voxel else 1)
         if c.edge_weight:
-            loss = loss + c.edge_weight * edge_loss(x, y)
+            loss = loss + c.edge_weight * edge_loss(x, y, weight)
         if c.square_weight:
-            loss = loss + c.square_weight * (x - y).square().mean()
+            loss = loss + c.square_weight * (error.square() if weight is None else error.square() * weight).mean()
         if c.window_weight:
-            loss = loss + c.window_weight * window_loss(x, y)
+            loss = loss + c.window_weight * window_loss(x, y, weight)
         shown = {
             "l1_hu": 2000 * l1.item(),
             "kl": kl.item() / mu[0].numel(),

@@ -13,13 +13,13 @@ ANGLE, ZOOM, SCALE, SHIFT = math.pi / 12, 0.1, 0.1, 0.05  # at most; radians, sh
 
 
 def cut(hu: np.ndarray, size: tuple[int, int, int], rng: torch.Generator | None) -> np.ndarray:
-    """A patch of `size` voxels of hu (X, Y, Z): anywhere, or without rng the middle one."""
+    """A patch of `size` voxels of hu (…, X, Y, Z): anywhere, or without rng the middle one."""
     corners = []
-    for n, p in zip(hu.shape, size, strict=True):
+    for n, p in zip(hu.shape[-3:], size, strict=True):
         room = n - p
         corners.append(room // 2 if rng is None else int(torch.randint(room + 1, (1,), generator=rng)))
     x, y, z = (slice(c, c + p) for c, p in zip(corners, size, strict=True))
-    return np.ascontiguousarray(hu[x, y, z])
+    return np.ascontiguousarray(hu[..., x, y, z])
 
 
 def augment(x: Tensor, rng: torch.Generator) -> Tensor:

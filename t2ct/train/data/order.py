@@ -19,10 +19,16 @@ Draw = tuple[int, int, int]  # index of the volume, number of the sample in the 
 
 
 class Order:
-    """Epochs of whole batches in random order: no volume twice in a batch, and what is left over changes by epoch."""
+    """Epochs of whole batches in random order: no volume twice in a batch, and what is left over changes by epoch.
 
-    def __init__(self, count: int, batch: int, seed: int):
-        self.count, self.batch, self.seed = count, batch, seed
+    group: so many volumes that follow one another in the data stay together, in their order.
+    """
+
+    def __init__(self, count: int, batch: int, seed: int, group: int = 1):
+        if count % group or batch % group:
+            got = f"{count} volumes and a batch of {batch}"
+            raise ValueError(f"group: wanted volumes and batches in whole groups of {group}, got {got}")
+        self.count, self.batch, self.seed, self.group = count, batch, seed, group
         self.whole = max(1, count // batch)  # batches in an epoch
         self._epoch, self._places = -1, np.empty(0, int)
 
@@ -30,7 +36,9 @@ class Order:
         """The samples of update `step`. Fewer volumes than a batch: they come again."""
         epoch, k = divmod(step, self.whole)
         if epoch != self._epoch:
-            self._epoch, self._places = epoch, np.random.default_rng([self.seed, epoch, 7]).permutation(self.count)
+            groups = np.random.default_rng([self.seed, epoch, 7]).permutation(self.count // self.group)
+            self._epoch = epoch
+            self._places = (self.group * groups[:, None] + np.arange(self.group)).reshape(-1)
         return [
             (int(self._places[(k * self.batch + j) % self.count]), step * self.batch + j, j) for j in range(self.batch)
         ]
