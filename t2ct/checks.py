@@ -93,6 +93,15 @@ def check_place(pipe: Any, device: Any, dtype: torch.dtype | None) -> None:
         raise ValueError(f"dtype: wanted that of the loaded pipeline, {pipe.dtype}, or None, got {dtype}")
 
 
+def model_folder(path: str | Path | None) -> Path:
+    """The folder of weights that `path` names: a model's folder, or a run of `t2ct train` (its final/); None and
+    "embedded" are the model in the package. Where there is no config.json in it, what was named, as it is."""
+    if path is None or str(path) == "embedded":
+        return EMBEDDED
+    final = Path(path) / "final"
+    return final if (final / "config.json").is_file() else Path(path)
+
+
 def find_files(model: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
     """Where each part lies; "config" None = the published networks."""
     if isinstance(model, Mapping):
@@ -104,7 +113,7 @@ def find_files(model: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
             )
         found = {**model, "config": model.get("config")}
     else:
-        folder = EMBEDDED if model is None else Path(model)
+        folder = model_folder(model)
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(
                 f"model: wanted a folder with config.json, or a dict of files {', '.join(FILES)}, got {str(folder)!r}"

@@ -66,7 +66,8 @@ class T2CTPipeline:
     ) -> T2CTPipeline:
         """Load a model.
 
-        model    None: the small model in the package. A folder: config.json and the files of `save_pretrained`.
+        model    None or "embedded": the small model in the package. A folder: config.json and the files of
+                 `save_pretrained`; or a run of `t2ct train`, which has one.
                  A dict of files: "vae", "unet", "clip" (.pt as published, or .safetensors) and "tokenizer" (a
                  tokenizer.json; the published model uses that of openai/clip-vit-large-patch14), and optionally
                  "config" (a config.json or its dict; default: the published networks).

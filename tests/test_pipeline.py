@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import t2ct
+from t2ct.checks import EMBEDDED, find_files
+from t2ct.cli import main
 from t2ct.pipeline import T2CTPipeline
 
 TEXT = "Large right pleural effusion with adjacent atelectasis."
@@ -124,6 +126,18 @@ def test_save_pretrained_round_trips_bit_for_bit(pipe, tmp_path):
         again(TEXT, generator=1, num_inference_steps=1, progress=False).hu,
     )
     pipe.save_pretrained(tmp_path / "model")  # over files that the second pipeline may still map
+
+
+def test_a_model_is_a_folder_a_run_or_the_name_of_the_one_in_the_package(pipe, tmp_path, capsys):
+    pipe.save_pretrained(tmp_path / "run" / "final")
+    loaded = T2CTPipeline.from_pretrained(tmp_path / "run")  # as `t2ct train` leaves it
+    assert loaded.weights_hash == T2CTPipeline.from_pretrained(tmp_path / "run" / "final").weights_hash
+    assert find_files("embedded") == find_files(None) == find_files(EMBEDDED)
+    assert main(["info", "embedded"]) == 0 and main(["info"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert "embedded" in told[0] and told[: len(told) // 2] == told[len(told) // 2 :]
+    with pytest.raises(FileNotFoundError, match="wanted a folder with config.json.*got 'nowhere'"):
+        find_files("nowhere")
 
 
 def test_a_model_that_changed_is_read_anew(pipe, tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ def test_plan_of_a_model_folder_and_of_encoding(capsys):
     assert main(["plan", "encode", "--size", "128x128x64", "--memory", "1GB", *cpu]) == 0
     assert "encoder.blocks.10" in capsys.readouterr().out
     folder = Path(t2ct.__file__).parent / "assets/embedded"
-    for model in (folder, folder / "config.json"):
+    for model in (folder, folder / "config.json", "embedded"):
         assert main(["plan", "decode", "--size", "96x96x48", "--model", str(model), *cpu]) == 0
         assert "16x96x96x48" in capsys.readouterr().out
 

@@ -33,7 +33,7 @@ def add_parser(commands: Any, **options: Any) -> None:
     parser.add_argument(
         "--guidance", type=arguments.guidance, default=5.0, help="guidance scale (default: %(default)s)"
     )
-    parser.add_argument("--model", type=arguments.model, help="folder, or vae=FILE,unet=FILE,…; default: embedded")
+    parser.add_argument("--model", type=arguments.model, help="folder, run, or vae=FILE,unet=FILE,…; default: embedded")
     parser.add_argument(
         "--size",
         type=arguments.voxels,

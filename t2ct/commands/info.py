@@ -12,7 +12,7 @@ def add_parser(commands: Any, **options: Any) -> None:
     """Add this command to argparse's `commands`."""
     parser = commands.add_parser("info", help="show the networks, size and hash of a model", **options)
     parser.add_argument(
-        "model", nargs="?", type=arguments.model, help="folder, or vae=FILE,unet=FILE,…; default: embedded"
+        "model", nargs="?", type=arguments.model, help="folder, run, or vae=FILE,unet=FILE,…; default: embedded"
     )
     parser.set_defaults(run=run)
 

@@ -75,10 +75,10 @@ def _config(model: Any) -> Any:
     """The VAE's sizes that a folder, a run or a config.json tells; None: the published ones."""
     if model is None or isinstance(model, dict):  # the published files, which bring no config
         return None
+    from t2ct.checks import model_folder
     from t2ct.config import PipelineConfig
 
-    path = Path(model)
-    for file in (path, path / "final" / "config.json", path / "config.json"):
-        if file.is_file():
-            return PipelineConfig.from_json(file).vae
+    file = Path(model) if Path(model).is_file() else model_folder(model) / "config.json"
+    if file.is_file():
+        return PipelineConfig.from_json(file).vae
     raise FileNotFoundError(f"--model: wanted a folder with config.json, or that file, got {model!r}")

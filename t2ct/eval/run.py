@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from t2ct import __version__
-from t2ct.checks import find_device
+from t2ct.checks import find_device, model_folder
 from t2ct.eval import tables as tb
 from t2ct.eval.bench import FULL, QUICK, Bench, Settings, System
 from t2ct.eval.look import Backbone, Clip, Look, open_clip, open_judge
@@ -230,9 +230,8 @@ def _open_model(model: Any, device: Any) -> Any:
 
 
 def _final(model: Any) -> Any:
-    """Of a run the weights that it left."""
-    left = isinstance(model, (str, Path)) and (Path(model) / "final/config.json").is_file()
-    return Path(model) / "final" if left else model
+    """Of a run the weights that it left, of a name its folder."""
+    return model_folder(model) if isinstance(model, (str, Path)) else model
 
 
 def _is_volumes(model: Any) -> bool:

@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import nn
 
 from t2ct import weights
-from t2ct.checks import EMBEDDED, FILES
+from t2ct.checks import FILES, model_folder
 from t2ct.config import PipelineConfig
 from t2ct.files import write_files
 from t2ct.models import CLIP3D, VAE, UNet
@@ -44,11 +44,9 @@ def export_folder(
 
 def find_folder(path: str | Path, what: str) -> Path:
     """The folder of weights that `path` names: a run (its final/), a model's folder, or "embedded"."""
-    if str(path) == "embedded":
-        return EMBEDDED
-    for folder in (Path(path) / "final", Path(path)):
-        if (folder / "config.json").is_file():
-            return folder
+    folder = model_folder(path)
+    if (folder / "config.json").is_file():
+        return folder
     raise FileNotFoundError(f"{what}: wanted a finished run or a model's folder, got {str(path)!r}: no config.json")
 
 
