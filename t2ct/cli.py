@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -21,7 +22,8 @@ USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, MemoryError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's own) and return its exit code.
 
-    0: done. 2: bad input, told in one line on stderr. 130: interrupted. No file is ever left half-written.
+    0: done. 1: nobody reads the output any more. 2: bad input, told in one line on stderr. 130: interrupted. No file is
+    ever left half-written.
     """
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot spell is no reason to fail after the work
@@ -32,11 +34,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning  # type: ignore[assignment]
             args.run(args)
+        sys.stdout.flush()
     except SystemExit as stop:  # how argparse ends --help, --version and bad usage
         return int(stop.code or 0)
     except KeyboardInterrupt:
         print("\nt2ct: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # who read the output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
+        return 1
     except USER_ERRORS as error:
         if debug:
             raise

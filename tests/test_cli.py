@@ -1,6 +1,7 @@
 """The command line: help at once, one line per error, exit codes, and files that are whole or absent."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -56,6 +57,14 @@ def pipeline(monkeypatch):
 
 def run(*words):
     return subprocess.run([sys.executable, "-m", "t2ct", *words], capture_output=True, text=True, timeout=60)
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "t2ct", "explain"], stdout=write, stderr=subprocess.PIPE, timeout=60)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 @pytest.mark.parametrize("words", [[], *([command] for command in COMMANDS)])
