@@ -14,11 +14,13 @@ from t2ct.models import VAE
 from t2ct.train import train
 from t2ct.train.config import LDMTraining, VAETraining
 from t2ct.train.data import open_data, phantom_counts
+from t2ct.train.data.found import coarser, finding_weights, stretched
+from t2ct.train.data.latents import Latent, encode_source
 from t2ct.train.data.order import Order
 from t2ct.train.data.phantoms import draw_names, draw_shown
 from t2ct.train.data.source import Item
 from t2ct.train.ldm import Flows
-from t2ct.train.vae import MOST_WEIGHT, Patches, VAERecipe, edge_loss, finding_weights, window_loss
+from t2ct.train.vae import MOST_WEIGHT, Patches, VAERecipe, edge_loss, window_loss
 
 SIZE = (32, 32, 32)
 VAE_TRAINING = VAETraining(model=SMALL, steps=4, batch=2, patches=((8, 8, 8),), patch_from=(0.0,), augment=False,
@@ -93,8 +95,6 @@ def test_groups_stay_together():
 
 
 def test_a_group_shares_noise_and_time_and_nothing_else():
-    from t2ct.train.data.latents import Latent
-
     config = LDMTraining(model=SMALL, batch=8, steps=2, group=2)
     contexts = [torch.eye(24)[i : i + 1] for i in range(8)]
     latents = [Latent(torch.full((4, 2, 2, 2), float(i)), torch.ones(4, 2, 2, 2), torch.ones(3)) for i in range(8)]
@@ -113,16 +113,34 @@ def test_a_group_shares_noise_and_time_and_nothing_else():
 def test_every_finding_counts_as_a_share_of_the_volume():
     cells = np.zeros((8, 8, 8), np.uint32)
     cells[0, :4] |= 1 << 3  # 32 cells of 512
-    cells[1, 0, 0] |= 1 << 5  # a single one: as much as a voxel may
+    cells[1, 0, 0] |= 1 << 5  # a single one: as much as may be
     cells[0, 0, 0] |= 1 << 17
-    weights = finding_weights(cells, (16, 16, 17), 0.1)
-    assert weights.shape == (16, 16, 17) and weights.dtype == np.float32
+    weights = finding_weights(cells, 0.1, 50.0)
     large = 0.1 * 512 / 32
-    assert weights[0, 7, 3] == pytest.approx(1 + large) and weights[2, 1, 1] == 1 + MOST_WEIGHT
-    assert weights[1, 1, 1] == pytest.approx(1 + large + MOST_WEIGHT) and weights[4, 0, 0] == 1
-    assert (weights[:, :, 16] == 1).all()  # an odd last plane has no cell
-    assert (weights[0, :8, :16].sum() - weights[0, :2, :2].sum()) == pytest.approx((128 - 4) * (1 + large))
-    assert len(LABELS) == 18
+    assert weights[0, 3, 1] == pytest.approx(1 + large) and weights[1, 0, 0] == 51 and weights[2, 0, 0] == 1
+    assert weights[0, 0, 0] == pytest.approx(1 + large + 50)
+    assert weights[0, :4].sum() - 50 == pytest.approx(32 + 0.1 * 512, rel=1e-5)
+    voxels = stretched(weights, (16, 16, 17))
+    assert np.array_equal(voxels[::2, ::2, :16:2], weights) and np.array_equal(voxels[1::2, 1::2, 1:16:2], weights)
+    assert (voxels[:, :, 16] == 1).all()  # an odd last plane has no cell
+    assert coarser(cells, 2).tolist() == [
+        [[(1 << 17 | 1 << 5 | 1 << 3) if (x, y, z) == (0, 0, 0) else (1 << 3) * (x == 0 and y < 2) for z in range(4)]
+         for y in range(4)] for x in range(4)
+    ]  # fmt: skip
+    assert np.array_equal(finding_weights(coarser(cells, 1), 0.1, 50.0), weights) and len(LABELS) == 18
+
+
+def test_latents_know_their_findings_and_the_flow_weighs_them(tmp_path):
+    vae, source = VAE(SMALL.vae), open_data("phantoms:3", "train", SIZE)
+    latents = encode_source(source, vae, "vae", tmp_path, torch.device("cpu"), quiet=True)
+    for i in range(3):
+        latent, item = latents.read(i), source.read(i)
+        assert torch.equal(latent.findings, torch.from_numpy(coarser(item.findings, 2)))
+        config = LDMTraining(model=SMALL, finding_weight=0.05, small_weight=2.0)
+        alone, both = (Flows(c, [torch.eye(24)[:1]] * 3, SMALL.spacing)(latent, (i, 0, 0))["weight"]
+                       for c in (replace(config, small_weight=0.0), config))  # fmt: skip
+        assert np.array_equal(alone.numpy(), finding_weights(coarser(item.findings, 2), 0.05, 8.0))
+        assert torch.allclose(both - alone, 2 * (latent.small.float() / 16).clamp(max=1))
 
 
 def test_weights_go_with_their_voxels_and_into_every_term():
@@ -130,7 +148,7 @@ def test_weights_go_with_their_voxels_and_into_every_term():
     cells = np.zeros((8, 8, 8), np.uint32)
     cells[2:5, 3:5, 1:7] = 1
     hu = rng.integers(-1000, 1000, (16, 16, 16)).astype(np.int16)
-    hu[finding_weights(cells, hu.shape, 0.1) > 1] = 777
+    hu[stretched(finding_weights(cells, 0.1, MOST_WEIGHT), hu.shape) > 1] = 777
     made = Patches(VAE_TRAINING)(Item(hu, (1.0,) * 3, None, cells), (0, 3, 1))
     inside = made["weight"] > 1
     assert made["x"].shape == made["weight"].shape == (1, 8, 8, 8)

@@ -250,7 +250,7 @@ def test_ldm_loss_is_its_formula_and_learns():
     assert torch.equal(recipe.model.state_dict()[dead], query)
     with pytest.warns(UserWarning, match="small_weight: nothing to weigh, since these data do not know"):
         unknown = ldm_recipe(Latents(small=False), small_weight=1.0)
-    assert "small" not in steps_of(unknown, unknown.samples(), "unet")[0]
+    assert "weight" not in steps_of(unknown, unknown.samples(), "unet")[0]
 
 
 def test_what_a_flow_draws():

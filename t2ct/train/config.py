@@ -199,6 +199,9 @@ class LDMTraining(Training):
     whiten: bool = key(False, "contexts as wide in every direction; the weights take that up in the end")
     refit: bool = key(False, "start's UNet knows contexts of start's CLIP3D: fit it to those of `clip` first")
     small_weight: float = key(0.0, "further weight of latent voxels a quarter full of a small finding")
+    finding_weight: float = key(
+        0.0, "share of a volume that each finding counts as, besides its own, where it is known (phantoms)"
+    )
     lora: int = key(0, "rank of low-rank adapters that alone are trained; 0: all weights", within=Range(0, 1024))
     preview_every: int = key(0, "steps between volumes of fixed prompts; 0: at the end only")
     preview_count: int = key(2, "prompts of the validation split that are drawn")

@@ -18,6 +18,7 @@ from t2ct.files import write_files
 from t2ct.models import CLIP3D, VAE, UNet
 from t2ct.text import Tokenizer
 from t2ct.train.config import LDMTraining
+from t2ct.train.data.found import finding_weights
 from t2ct.train.data.latents import Latent, LatentSource
 from t2ct.train.data.order import Draw, Samples, generator
 from t2ct.train.parts.folders import export_folder
@@ -27,6 +28,7 @@ from t2ct.train.parts.whitening import fitted, folded, kept, multiply, whitening
 from t2ct.train.recipe import Batch, Recipe, Shown
 
 SCALE_LATENTS = 256  # latents that the scale factor is measured on, where there are so many
+MOST_WEIGHT = 8.0  # of a latent voxel for one finding
 FULL = 16  # voxels of a small finding, of a latent voxel's 64, that count as wholly inside
 VALID_NUMBER = 1 << 40  # numbers of validation samples: beyond every number of a run
 
@@ -96,7 +98,10 @@ class Flows:
             "spacing": 100 * (latent.spacing.float() if c.actual_spacing else self.spacing),
         }
         if c.small_weight and latent.small is not None:
-            made["small"] = latent.small
+            made["weight"] = 1 + c.small_weight * (latent.small.float() / FULL).clamp(max=1)
+        if c.finding_weight and latent.findings is not None:
+            more = torch.from_numpy(finding_weights(latent.findings.numpy(), c.finding_weight, MOST_WEIGHT))
+            made["weight"] = more + made["weight"] - 1 if "weight" in made else more
         return made
 
 
@@ -114,9 +119,10 @@ class LDMRecipe(Recipe):
         """former: the encoder whose contexts the model knows, where it is not `clip`."""
         self.config, self.model, self.vae, self.clip, self.tokenizer = config, model, vae, clip, tokenizer
         self.source, self.valid, self.group = source, valid, config.group
-        if config.small_weight and source and source.read(0).small is None:
-            told = "small_weight: nothing to weigh, since these data do not know where their small findings are"
-            warnings.warn(told, stacklevel=2)
+        for name, held, what in (("small", "small", "small findings"), ("finding", "findings", "findings")):
+            if getattr(config, f"{name}_weight") and source and getattr(source.read(0), held) is None:
+                told = f"{name}_weight: nothing to weigh, since these data do not know where their {what} are"
+                warnings.warn(told, stacklevel=2)
         self.scale = measure_scale(source, config.latents == "sampled") if source else 1.0
         self.contexts, self.white = None if source is None else self._contexts(source), None
         if former and source and self.contexts:
@@ -152,8 +158,8 @@ class LDMRecipe(Recipe):
         v = model(noisy, t * NUM_TRAIN_TIMESTEPS, batch["context"], label, batch["spacing"])
         error = v.float() - velocity(x0, batch["noise"])
         error = error.square() if c.loss == "squared" else error.abs()
-        if "small" in batch:
-            error = error * (1 + c.small_weight * (batch["small"].float() / FULL).clamp(max=1))[:, None]
+        if "weight" in batch:
+            error = error * batch["weight"][:, None]
         return error.mean()
 
     @torch.no_grad()

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from t2ct.data.phantoms import LABELS
 from t2ct.files import write_files
 from t2ct.models import VAE, hu_to_unit
 from t2ct.models.layers import channels_last
 from t2ct.train.config import VAETraining
 from t2ct.train.data.augment import augment, cut
+from t2ct.train.data.found import finding_weights, stretched
 from t2ct.train.data.order import Draw, Samples, generator
 from t2ct.train.data.source import Item, Source
 from t2ct.train.parts.critic import Critic, RandomFeatures
@@ -23,7 +23,7 @@ from t2ct.train.parts.folders import export_folder
 from t2ct.train.recipe import Batch, Recipe, Shown, placed, readable
 from t2ct.train.show.figures import picture_pairs, reconstruction
 
-MOST_WEIGHT = 50.0  # of a voxel of a finding that is a few voxels
+MOST_WEIGHT = 50.0  # of a voxel of one finding
 WINDOW = hu_to_unit(torch.tensor([-160.0, 240.0])).tolist()
 
 
@@ -49,20 +49,6 @@ def window_loss(x: Tensor, y: Tensor, weight: Tensor | None = None) -> Tensor:
     return (error if weight is None else error * weight).mean() / (high - low)
 
 
-def finding_weights(cells: np.ndarray, shape: tuple[int, ...], share: float) -> np.ndarray:
-    """`Item.findings` (X/2, Y/2, Z/2) -> (X, Y, Z) float32 weights of the voxels' errors: 1, and in a finding so much
-    more that all of it counts as `share` of the volume, but no voxel more than `MOST_WEIGHT` times for one finding."""
-    more = np.zeros(cells.shape, np.float32)
-    for bit in range(len(LABELS)):
-        inside = cells & np.uint32(1 << bit) != 0
-        if count := int(inside.sum()):
-            more[inside] += min(share * cells.size / count, MOST_WEIGHT)
-    weights = np.ones(shape, np.float32)
-    x, y, z = (2 * n for n in cells.shape)
-    weights[:x, :y, :z] += more.repeat(2, 0).repeat(2, 1).repeat(2, 2)
-    return weights
-
-
 class Patches:
     """Prepares a sample: a patch of a volume in [0, 1], its augmentation, and the noise of its latent."""
 
@@ -82,8 +68,8 @@ class Patches:
         weighed = bool(self.config.finding_weight) and item.findings is not None
         values = item.hu[None]
         if weighed:
-            weights = finding_weights(item.findings, item.hu.shape, self.config.finding_weight)  # type: ignore[arg-type]
-            values = np.stack((item.hu.astype(np.float32), weights))
+            weights = finding_weights(item.findings, self.config.finding_weight, MOST_WEIGHT)  # type: ignore[arg-type]
+            values = np.stack((item.hu.astype(np.float32), stretched(weights, item.hu.shape)))
         patch = torch.from_numpy(cut(values, size, rng))
         x = hu_to_unit(patch[:1])
         if self.config.augment:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from t2ct.files import check_output_folder, write_files
 from t2ct.models import VAE, hu_to_unit
 from t2ct.models.layers import channels_last
 from t2ct.train.data import BadVolume, Source, open_data
+from t2ct.train.data.found import coarser
 from t2ct.train.data.order import reading
 from t2ct.train.data.source import Entry, Item, cached, fingerprint
 from t2ct.train.parts.folders import load_part
@@ -38,12 +39,14 @@ SPLITS = ("train", "valid")
 
 @dataclass(frozen=True)
 class Latent:
-    """mu, sigma (C, x, y, z) float16; spacing mm; small (x, y, z) uint8 or None."""
+    """mu, sigma (C, x, y, z) float16; spacing mm; where known, small (x, y, z) uint8, voxels of small findings, and
+    findings (x, y, z) int32, a bit for each finding that lies there."""
 
     mu: Tensor
     sigma: Tensor
     spacing: Tensor
     small: Tensor | None = None
+    findings: Tensor | None = None
 
 
 class LatentSource:
@@ -81,9 +84,8 @@ class LatentSource:
         if shard not in self._open:
             self._open[shard] = safe_open(_shard(self.folder, shard), "pt")
         file = self._open[shard]
-        small = file.get_slice("small")[at] if "small" in file.keys() else None  # noqa: SIM118  it has no iteration
-        mu, sigma, spacing = (file.get_slice(name)[at] for name in ("mu", "sigma", "spacing"))
-        return Latent(mu, sigma, spacing, small)
+        names = [f.name for f in fields(Latent) if f.name in file.keys()]  # noqa: SIM118  it has no iteration
+        return Latent(**{name: file.get_slice(name)[at] for name in names})
 
 
 def _shard(folder: Path, number: int) -> Path:
@@ -128,7 +130,7 @@ def encode_source(
                     raise item
                 rows.append(_encoded(item, vae, device, precision))
                 bar.update()
-            names = ("mu", "sigma", "spacing", *(["small"] if all("small" in row for row in rows) else []))
+            names = [name for name in rows[0] if all(name in row for row in rows)]
             tensors = {name: torch.stack([row[name] for row in rows]) for name in names}
             write_files({_shard(folder, number): save(tensors, mark)})
     if world > 1:
@@ -168,7 +170,11 @@ def _only(rows: Sequence[Any]) -> Any:
 def _encoded(item: Item, vae: VAE, device: torch.device, precision: str) -> dict[str, Tensor]:
     mu, sigma = encode(vae, item.hu, device, precision)
     row = {"mu": mu, "sigma": sigma, "spacing": torch.tensor(item.spacing)}
-    return row if item.small is None else row | {"small": torch.from_numpy(item.small)}
+    if item.small is not None:
+        row["small"] = torch.from_numpy(item.small)
+    if item.findings is not None:  # of cells of 2^3 voxels
+        row["findings"] = torch.from_numpy(coarser(item.findings, vae.config.factor // 2))
+    return row
 
 
 def _whole(path: Path, mark: dict[str, str]) -> bool:
