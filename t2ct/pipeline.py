@@ -31,7 +31,7 @@ from t2ct.checks import (
 )
 from t2ct.config import PipelineConfig
 from t2ct.data.volume import Volume
-from t2ct.diffusion import check_guidance_scale, guided, make_schedule, sample
+from t2ct.diffusion import check_guidance, guided, make_schedule, sample
 from t2ct.files import check_output_folder, write_files
 from t2ct.models import CLIP3D, VAE, UNet
 from t2ct.stream import parse_bytes
@@ -124,6 +124,7 @@ class T2CTPipeline:
         negative_prompt: str | None = None,
         num_inference_steps: int = 30,
         guidance_scale: float = 5.0,
+        guidance_interval: Sequence[float] = (0.0, 1.0),
         generator: torch.Generator | int | None = None,
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
@@ -142,6 +143,7 @@ class T2CTPipeline:
         negative_prompt       what guidance leads away from; default: the zero context of the published system
         num_inference_steps   1 to 1000
         guidance_scale        finite; 1 = the conditional velocity alone
+        guidance_interval     times from 0 to 1, which is noise, between which there is guidance; the rest costs half
         generator             a seed >= 0, a torch.Generator on the CPU, or None: a seed is drawn and recorded
         latents               the initial noise (B, 4, X/4, Y/4, Z/4) instead of drawing it
         prompt_embeds         (B, L, cross_attention_dim) instead of a prompt
@@ -156,7 +158,7 @@ class T2CTPipeline:
         """
         if output_type not in OUTPUTS:
             raise ValueError(f"output_type must be one of {OUTPUTS}, got {output_type!r}")
-        check_guidance_scale(guidance_scale)
+        check_guidance(guidance_scale, guidance_interval)
         size = check_size(self.size if size is None else size, self.config.factor)
         spacing = check_spacing(self.spacing if spacing is None else spacing)
         shape = tuple(n // self.config.vae.factor for n in size)
@@ -190,7 +192,7 @@ class T2CTPipeline:
         with torch.no_grad(), bar:
             labels = torch.full((batch,), self.config.class_label, dtype=torch.long, device=self.device)
             spaced = (100 * torch.tensor(spacing)).to(self.device, self.dtype).expand(batch, 3)
-            predict = guided(self.unet, embeds, negative, guidance_scale, labels, spaced)
+            predict = guided(self.unet, embeds, negative, guidance_scale, labels, spaced, guidance_interval)
             z = sample(predict, noise, steps, on_step_end)
             if not torch.isfinite(z).all():
                 raise RuntimeError(
@@ -216,6 +218,7 @@ class T2CTPipeline:
         provenance = {
             "steps": int(num_inference_steps),
             "guidance": float(guidance_scale),
+            "guidance_interval": [float(t) for t in guidance_interval],
             "negative_prompt": negative_prompt,
             "schedule": self.config.schedule,
             "model": self.name,
@@ -316,6 +319,7 @@ def generate(
     model: T2CTPipeline | str | Path | Mapping[str, Any] | None = None,
     num_inference_steps: int = 30,
     guidance_scale: float = 5.0,
+    guidance_interval: Sequence[float] = (0.0, 1.0),
     seed: int | None = None,
     size: Sequence[int] | None = None,
     spacing: Sequence[float] | None = None,
@@ -337,7 +341,7 @@ def generate(
     Returns a `Volume`: int16 HU, RAS affine in mm. Errors as `T2CTPipeline.__call__`, all before sampling.
     """
     form_prompt(text)  # the cheap checks first: loading may take a while
-    check_guidance_scale(guidance_scale)
+    check_guidance(guidance_scale, guidance_interval)
     make_schedule(num_inference_steps, 1)
     if seed is not None:
         check_seed(seed)
@@ -355,6 +359,7 @@ def generate(
         negative_prompt=negative_prompt,
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
+        guidance_interval=guidance_interval,
         generator=seed,
         size=size,
         spacing=spacing,

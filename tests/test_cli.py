@@ -62,7 +62,7 @@ def run(*words):
 def test_a_reader_that_has_enough_is_no_error():
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run([sys.executable, "-m", "t2ct", "explain"], stdout=write, stderr=subprocess.PIPE, timeout=60)
+    done = subprocess.run([sys.executable, "-m", "t2ct", "explain"], stdout=write, stderr=subprocess.PIPE, timeout=300)
     os.close(write)
     assert (done.returncode, done.stderr) == (1, b"")
 
@@ -108,7 +108,8 @@ def test_info(pipeline, capsys):
 
 def test_generate_writes_volume_json_and_picture(pipeline, tmp_path, capsys):
     out = tmp_path / "ct.nii.gz"
-    words = ["--seed", "0", "--steps", "4", "--guidance", "2.5", "--device", "cpu", "--dtype", "bfloat16"]
+    words = ["--seed", "0", "--steps", "4", "--guidance", "2.5", "--guidance-interval", "0.2", "1"]
+    words += ["--device", "cpu", "--dtype", "bfloat16"]
     grid = ["--size", "24", "16", "8", "--spacing", "12", "20", "40", "--negative-prompt", "Motion."]
     room = ["--memory", "2GB", "--spool", str(tmp_path)]
     assert main(["generate", "A nodule.", "-o", str(out), *words, *grid, *room]) == 0
@@ -118,6 +119,7 @@ def test_generate_writes_volume_json_and_picture(pipeline, tmp_path, capsys):
     assert options == {
         "num_inference_steps": 4,
         "guidance_scale": 2.5,
+        "guidance_interval": (0.2, 1.0),
         "seed": 0,
         "size": (24, 16, 8),
         "spacing": (12.0, 20.0, 40.0),
@@ -176,6 +178,8 @@ BAD_GENERATE = {
     "negative seed": (["x", "--seed", "-1"], "argument --seed: wanted an integer from 0 to .*, got '-1'"),
     "huge seed": (["x", "--seed", str(2**64)], "argument --seed: wanted an integer from 0 to"),
     "NaN guidance": (["x", "--guidance", "nan"], "argument --guidance: wanted a finite number, got 'nan'"),
+    "no interval": (["x", "--guidance-interval", "0.5", "2"], "--guidance-interval: wanted a number from 0 to 1"),
+    "interval turned round": (["x", "--guidance-interval", "0.5", "0.2"], "interval: wanted LOW <= HIGH, got"),
     "infinite guidance": (["x", "--guidance", "inf"], "argument --guidance: wanted a finite number, got 'inf'"),
     "size": (["x", "--size", "64", "64", "30"], "argument --size: wanted a multiple of 4, got 30"),
     "no size": (["x", "--size", "64", "64", "0"], "argument --size: wanted an integer from 4 to"),

@@ -118,6 +118,13 @@ def test_guidance():
     negative = torch.ones(2, 1, 2)
     v = guided(unet, context, negative, 3.0, torch.ones(2), torch.ones(2, 3))(x, 0.0)
     assert torch.allclose(v[:, 0, 0, 0, 0], torch.tensor([1 + 3 * 2.0, 1.0]))
+    calls.clear()
+    velocity = guided(unet, context, negative, 3.0, torch.ones(2), torch.ones(2, 3), (0.25, 0.75))
+    for timestep, size in ((1000.0, 2), (751.0, 2), (750.0, 4), (250.0, 4), (249.0, 2)):
+        v = velocity(x, timestep)[:, 0, 0, 0, 0] - timestep / 1000
+        assert torch.allclose(v, torch.tensor([7.0, 1.0] if size == 4 else [3.0, 1.0])) and calls.pop() == size
+    without = guided(unet, context, negative, 0.0, torch.ones(2), torch.ones(2, 3), (0.25, 0.75))
+    assert torch.allclose(without(x, 0.0)[:, 0, 0, 0, 0], torch.tensor([3.0, 1.0]))  # outside: what the text says
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001, 2.5, True, None])
@@ -133,7 +140,10 @@ def test_whatever_is_integral_counts_steps():
 def test_bad_schedule_and_scale():
     with pytest.raises(ValueError, match=r"schedule must be one of \('compat', 'exact'\), got 'linear'"):
         make_schedule(3, 64, "linear")
-    diffusion.check_guidance_scale(np.float32(3))
+    diffusion.check_guidance(np.float32(3))
     for scale in (float("nan"), float("inf"), 10**400, "5", True):
         with pytest.raises(ValueError, match="guidance_scale must be a finite number, got"):
-            diffusion.check_guidance_scale(scale)
+            diffusion.check_guidance(scale)
+    for interval in ((0.5, 0.4), (-0.1, 1.0), (0.0, 1.1), (0.0, float("nan")), (0.5,), 0.5, None, ("a", "b")):
+        with pytest.raises(ValueError, match="guidance_interval must be two rising times from 0 to 1, got"):
+            diffusion.check_guidance(5.0, interval)

@@ -45,7 +45,7 @@ def test_a_volume(pipe):
     assert volume.prompt == TEXT
     facts = volume.provenance
     assert facts["steps"] == 2
-    assert facts["guidance"] == 5.0
+    assert facts["guidance"] == 5.0 and facts["guidance_interval"] == [0.0, 1.0]
     assert facts["weights"] == pipe.weights_hash
     assert facts["version"] == t2ct.__version__
 
@@ -69,6 +69,7 @@ def test_text_negative_prompt_and_guidance_matter(pipe):
         go("small left nodule"),
         go(negative_prompt="nodule"),
         go(guidance_scale=1.0),
+        go(guidance_interval=(0.0, 0.5)),
         go(spacing=(10, 10, 10)),
     ):
         assert not np.array_equal(base, other)
@@ -218,6 +219,7 @@ BAD = [
     (dict(text=5), TypeError, "int"),
     (dict(num_inference_steps=0), ValueError, "num_inference_steps must be an integer from 1 to 1000, got 0"),
     (dict(seed=-1), ValueError, "seed must be an integer from 0 .*, got -1"),
+    (dict(guidance_interval=(0.6, 0.2)), ValueError, r"guidance_interval must be two rising times .* got \(0.6, 0.2\)"),
     (dict(guidance_scale=float("nan")), ValueError, "guidance_scale must be a finite number, got nan"),
     (dict(size=(16, 16, 15)), ValueError, "size must be three positive multiples of 4 .*15"),
     (dict(size=(16, 16, 12)), ValueError, "size must be three positive multiples of 8 .*12"),

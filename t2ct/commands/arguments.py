@@ -36,6 +36,14 @@ def guidance(word: str) -> float:
     return _finite(word)
 
 
+def share(word: str) -> float:
+    """A number from 0 to 1."""
+    value = _finite(word)
+    if not 0 <= value <= 1:
+        raise ArgumentTypeError(f"wanted a number from 0 to 1, got {word}")
+    return value
+
+
 def millimetres(word: str) -> float:
     """A positive, finite length in mm."""
     value = _finite(word)

@@ -33,6 +33,10 @@ def add_parser(commands: Any, **options: Any) -> None:
     parser.add_argument(
         "--guidance", type=arguments.guidance, default=5.0, help="guidance scale (default: %(default)s)"
     )
+    parser.add_argument(
+        "--guidance-interval", type=arguments.share, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
+        help="times between which there is guidance, 1 being noise (default: 0 1); less of it is quicker",
+    )  # fmt: skip
     parser.add_argument("--model", type=arguments.model, help="folder, run, or vae=FILE,unet=FILE,…; default: embedded")
     parser.add_argument(
         "--size",
@@ -57,6 +61,8 @@ def run(args: argparse.Namespace) -> None:
     form_prompt(text)
     if args.negative_prompt is not None:
         form_prompt(args.negative_prompt)
+    if args.guidance_interval[0] > args.guidance_interval[1]:
+        raise ValueError("--guidance-interval: wanted LOW <= HIGH, got {:g} {:g}".format(*args.guidance_interval))
     # Imported late: these bring numpy and torch, which --help and the checks above do without.
     from t2ct.data.io import sidecar_path, volume_files
 
@@ -87,6 +93,7 @@ def run(args: argparse.Namespace) -> None:
         model=pipe,
         num_inference_steps=args.steps,
         guidance_scale=args.guidance,
+        guidance_interval=tuple(args.guidance_interval),
         seed=args.seed,
         size=size,
         spacing=spacing,
