@@ -94,6 +94,59 @@ def test_mixed_grids_are_stretched_with_a_notice(scans):
         assert open_volumes(scans).size == SIZE  # that of most
 
 
+def test_spacings_alone_are_told_of(scans):
+    other = Volume(CT.hu, np.diag([1.0, 1.0, 1.0, 1.0]) @ CT.affine @ np.diag([0.5, 0.5, 0.5, 1.0]))
+    other.save(scans / "valid/valid_5_a_1.nii.gz")
+    with pytest.warns(UserWarning, match="2 spacings .*: as many voxels for all, which cover more or less"):
+        open_sets(scans, SIZE)
+
+
+def test_volumes_are_matched_by_path_then_by_name(tmp_path):
+    from t2ct.eval.sets import matched
+
+    for name in ("a/p0/ct", "a/p1/ct", "b/p1/ct", "b/p0/ct", "c/ct", "d/x/p0-ct", "d/p1-ct"):
+        path = tmp_path / f"{name}.nii.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        CT.save(path)
+    a, b, c, d = (open_volumes(tmp_path / name) for name in "abcd")
+    assert [e.name for e in a.entries] == ["p0/ct.nii.gz", "p1/ct.nii.gz"]
+    assert matched(a, b) == ([0, 1], [0, 1], None)
+    for ours, theirs in ((a, c), (c, a)):  # one file for two reports, two files for one
+        with pytest.raises(ValueError, match="one volume for each report, by path or by file name, got .*ct.nii.gz"):
+            matched(ours, theirs)
+    for name in ("p0-ct", "p1-ct"):
+        (tmp_path / "e").mkdir(exist_ok=True)
+        CT.save(tmp_path / "e" / f"{name}.nii.gz")
+    assert matched(open_volumes(tmp_path / "e"), d) == ([0, 1], [1, 0], None)  # by file name
+    assert [e.name for e in d.entries] == ["p1-ct.nii.gz", "x/p0-ct.nii.gz"]
+
+
+def test_labels_without_reports_and_labels_in_columns(scans, tmp_path):
+    (scans / "valid_reports.csv").unlink()
+    assert labels_of(open_volumes(scans)).argmax(1).tolist() == list(range(6))
+    other = LABELS[::-1]
+    rows = [(f"valid/valid_{i}_a_1.nii.gz", "Normal.", *(int(name == LABELS[i]) for name in other)) for i in range(6)]
+    table(scans / "manifest.csv", ("volume", "report", *other), *rows)
+    assert labels_of(open_sets(scans, SIZE).test).argmax(1).tolist() == list(range(6))
+    table(scans / "manifest.csv", ("volume", "report", *other[1:]), *(row[:2] + row[3:] for row in rows))
+    with pytest.raises(ValueError, match="a column for each of 18 labels, got none for 'Interlobular septal thick"):
+        open_sets(scans, SIZE)
+
+
+def test_what_phantoms_write_beside_their_volumes_is_no_volume(tmp_path):
+    for seed in (5, 6):
+        phantom(seed, size=SIZE).save(tmp_path / str(seed))
+    assert [e.name for e in open_volumes(tmp_path).entries] == ["5/ct.nii.gz", "6/ct.nii.gz"]
+
+
+def test_bad_volumes_are_left_out_when_asked(scans, capsys):
+    Volume(CT.hu + 1024, CT.affine).save(scans / "valid/valid_2_a_1.nii.gz")  # not among those that are looked at
+    assert len(open_sets(scans, SIZE).test) == 6
+    with pytest.warns(UserWarning, match="1 volumes that cannot be used are left out: .*valid_2_a_1.nii.gz: wanted HU"):
+        sets = open_sets(scans, SIZE, skip_bad=True)
+    assert len(sets.test) == 5 and len(sets.left_out) == 1 and sets.left_out[0].startswith("valid_2_a_1.nii.gz: ")
+
+
 @pytest.mark.parametrize(
     "hu, told",
     [
@@ -312,7 +365,7 @@ def test_what_is_said_before_compare_counts(tmp_path, capsys):
         (["--count", "0", *out, *pair], "--count: wanted an integer of at least 1, got 0"),
         (pair, "--out: wanted a folder for the results"),
         (["--model", "x", *out, *pair], "--model: has no say in a comparison of A and B, got x"),
-        ([*out, "--count", "5", *pair], "since count=5 has no say without"),
+        ([*out, "--known", "5", *pair], "since known=5 has no say without"),
         ([*out, "--quick", *pair], "since quick=True has no say without"),
         ([*pair, *out, "--tables", "factual"], "has no say without"),
         ([*out, *pair], "wanted NIfTI files, got none"),

@@ -329,6 +329,12 @@ def test_latents_read_ahead_are_the_same(tmp_path, monkeypatch):
     assert told[0] == told[2] == ["skipped: two: a hole"]
     plain, ahead = (LatentSource(tmp_path / str(workers), "one") for workers in told)
     assert plain.entries == ahead.entries and len(plain) == 5
+    # In the hole stands the next volume, with its own report: not that of the one that is missing.
+    names = [e.name for e in plain.entries]
+    assert names == [f"phantom {i}" for i in (0, 1, 3, 3, 4)] and plain.entries[2].texts == plain.entries[3].texts
+    assert torch.equal(plain.read(2).mu, plain.read(3).mu)
+    again = encode_source(source, vae, "one", tmp_path / "0", cpu, precision="float32", quiet=True, skip_bad=True)
+    assert [e.name for e in again.entries] == names  # kept shards know which volumes they hold
     for i in range(5):
         a, b = plain.read(i), ahead.read(i)
         assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("mu", "sigma", "spacing", "small"))

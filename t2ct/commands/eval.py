@@ -11,7 +11,7 @@ TABLES = ("fidelity", "factual", "alignment", "ablation", "utility", "memorisati
 EPILOG = """\
 examples:
   t2ct eval --quick --out DIR                         the model in the package, minutes on a CPU
-  t2ct eval --model RUN/final --data phantoms:500 --out DIR
+  t2ct eval --model RUN --data phantoms:500 --out DIR
   t2ct eval --model text2ct --data CT-RATE --judge judge --out DIR
   t2ct eval --model volumes --data CT-RATE --judge judge --out DIR    volumes that another system made
   t2ct eval compare a b --out DIR                     two models, or two folders of volumes
@@ -71,6 +71,12 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=arguments.guidance, help="guidance scale")
     parser.add_argument("--count", type=int, metavar="N", help="reports at most")
     parser.add_argument("--batch", type=int, metavar="N", help="volumes generated at once")
+    parser.add_argument(
+        "--known", type=int, metavar="N", help="training volumes at most to look for copies of (default: 2000)"
+    )
+    parser.add_argument(
+        "--skip-bad", **flag, help="read all volumes of the data first, leave out what cannot be used"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, …; default: the GPU if there is one")
     parser.add_argument("--resume", **flag, help="go on with the evaluation in --out, if it holds one")
     parser.add_argument("--quiet", **flag, help="print errors and warnings only")
@@ -109,13 +115,13 @@ def run_compare(args: argparse.Namespace) -> None:
 def _options(args: argparse.Namespace) -> dict[str, Any]:
     if not args.out:
         raise ValueError("--out: wanted a folder for the results, got nothing")
-    for name in ("count", "batch"):
+    for name in ("count", "batch", "known"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name}: wanted an integer of at least 1, got {value}")
     options = {
         "quick": args.quick, "judge": args.judge, "clip": args.clip, "backbones": args.backbone, "steps": args.steps,
-        "guidance": args.guidance, "count": args.count, "batch": args.batch, "device": args.device,
-        "resume": args.resume, "quiet": args.quiet,
+        "guidance": args.guidance, "count": args.count, "batch": args.batch, "known": args.known,
+        "skip_bad": args.skip_bad, "device": args.device, "resume": args.resume, "quiet": args.quiet,
     }  # fmt: skip
     return options | {k: v for k in ("data", "tables") if (v := getattr(args, k)) is not None}

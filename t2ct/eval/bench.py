@@ -20,9 +20,11 @@ from t2ct.eval.make import Maker, kept, see
 from t2ct.eval.metrics.utility import crossed_scores
 from t2ct.eval.sets import Sets, labels_of
 from t2ct.eval.store import Seen, Store
+from t2ct.files import write_files
 from t2ct.models.judge import Judge
 from t2ct.train.data.source import Source, fingerprint
 
+LEFT_OUT = "left_out.txt"
 PAIRS = 6  # nearest pairs that are shown
 
 
@@ -85,6 +87,8 @@ class Bench:
             "systems": {s.name: s.facts for s in systems}, "version": __version__,
         }  # fmt: skip
         self.store = Store(out, self.facts | {"settings": asdict(self.settings)}, resume)
+        if sets.left_out:
+            write_files({self.out / LEFT_OUT: "".join(f"{line}\n" for line in sets.left_out).encode()})
 
     def _leave_out(self, reasons: dict[str, str]) -> None:
         """Tables that cannot be computed here, with the reason; ValueError where a table's volumes are too few."""
@@ -98,8 +102,13 @@ class Bench:
                 self.notes.append("side, lobe and size are left out: the judge was not trained for them")
             elif not all(self.texts):
                 self.notes.append("side, lobe and size are left out: not every volume has a report")
-        if self.sets.train is None or not len(self.sets.train):
+        train, total = self.sets.train, self.sets.train_total
+        if train is None or not len(train):
             reasons["memorisation"] = "no training volumes are known"
+        elif "memorisation" in self.tables:
+            of = f"{len(train)} of {total}" if total is not None else f"the first {len(train)} phantoms to train on, as"
+            told = "training volumes" if total is not None else "they are drawn today,"
+            self.notes.append(f"memorisation: {of} {told} were searched")
         if all(s.maker is None for s in self.systems):
             reasons["ablation"] = "volumes of another system cannot be made again with other settings"
         for name in [n for n in self.tables if n in reasons]:
@@ -211,6 +220,7 @@ class Bench:
         for name in tqdm(self.tables, desc="tables", disable=self.quiet):
             if name == "fidelity":
                 found[name] = tb.fidelity(real, made, known)
+                self._note_few(real)
             elif name == "factual":
                 assert self.labels is not None
                 found[name] = tb.factual(real, made, self.labels, self.texts if all(self.texts) else None)
@@ -227,6 +237,13 @@ class Bench:
             elif system is self.systems[0]:
                 found[name] = self._sweeps(system, real)
         return found
+
+    def _note_few(self, real: Seen) -> None:
+        few = {"fid_3d": real["features"].shape[-1], "fid_2_5d": real["slices"].shape[-1]}
+        told = [f"{name} ({count} features)" for name, count in few.items() if self.count // 2 < count]
+        note = f"{self.count} volumes are few for {' and '.join(told)}: rough, even extrapolated; kid is unbiased"
+        if told and note not in self.notes:
+            self.notes.append(note)
 
     def _utility(self, system: System, real: Seen, made: Seen, labels: np.ndarray) -> tb.Table:
         steps = self.settings.relearnt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Sequence
 from datetime import date
@@ -23,7 +24,7 @@ from t2ct.train.data.source import fingerprint
 
 def compare_folders(
     a: str | Path, b: str | Path, out: str | Path, *, judge: str | Path | None = None, backbones: Sequence[str] = (),
-    device: str | None = None, resume: bool = False, quiet: bool = False,
+    count: int | None = None, device: str | None = None, resume: bool = False, quiet: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Fidelity of the volumes in `b` against those in `a`, and factual correctness of each that has labels.
 
@@ -33,8 +34,8 @@ def compare_folders(
 
     where = find_device(device)
     own, judge_hash = open_judge(judge, None, where, phantoms=False)
-    first = open_volumes(a)
-    sides = {"a": first, "b": open_volumes(b, first.size)}
+    first = open_volumes(a, count=count)
+    sides = {"a": first, "b": open_volumes(b, first.size, count)}
     least = tb.NEEDS["fidelity"]
     for name, volumes in sides.items():
         if len(volumes) < least:
@@ -42,10 +43,20 @@ def compare_folders(
     labels = {name: labels_of(volumes, name) for name, volumes in sides.items()}
     nets = [Backbone(spec, first.size, where) for spec in backbones]
     look = Look(own, None, nets, where)
-    facts: dict[str, Any] = {"format": FORMAT, "judge": judge_hash, "backbones": [n.hash for n in nets]}
+    facts: dict[str, Any] = {"format": FORMAT, "judge": judge_hash}
+    facts["backbones"] = {f"{net.dims}d": f"{net.spec} {net.hash}" for net in nets}
     facts |= {name: fingerprint(volumes) for name, volumes in sides.items()}
     store = Store(out, facts | {"version": __version__}, resume)
-    look(np.full(first.size, -1000, np.int16))
+    empty = np.full(first.size, -1000, np.int16)
+    look(empty)
+    start = time.perf_counter()
+    look(empty)
+    looking = time.perf_counter() - start
+    start = time.perf_counter()
+    first.read(0)
+    each, total = looking + time.perf_counter() - start, sum(map(len, sides.values()))
+    if not quiet:
+        print(f"{total} volumes of {each:.2f} s: about {1 + total * each / 60:.0f} min in all", flush=True)
     for name, volumes in sides.items():
         with tqdm(total=len(volumes), desc=f"volumes of {name}", unit="volume", disable=quiet) as bar:
             see(store, name, volumes, look, True, bar.update)

@@ -49,6 +49,9 @@ class Look:
         self, judge: Judge, clip: Clip | None = None, backbones: Sequence[Backbone] = (),
         device: torch.device | str = "cpu",
     ):  # fmt: skip
+        for dims in (2, 3):
+            if len(same := [b.spec for b in backbones if b.dims == dims]) > 1:
+                raise ValueError(f"backbone: wanted one of {dims} dimensions at most, got {' and '.join(same)}")
         self.judge, self.clip, self.device = judge.to(device), clip, device
         self.solid = next((b for b in backbones if b.dims == 3), None)
         self.flat = next((b for b in backbones if b.dims == 2), None)
@@ -130,6 +133,8 @@ class Backbone:
         if self.dims not in (2, 3):
             raise ValueError(f"backbone: wanted dims of 2 or 3, got {self.dims!r} in {spec}")
         self.network = network.to(device).eval().requires_grad_(False)
+        state = {k: v.contiguous().cpu() for k, v in network.state_dict().items()}
+        self.hash += "-" + hashlib.sha256(save(state)).hexdigest()[:16]  # the file may take its weights from anywhere
         trial = torch.zeros(2, 1, *size[: self.dims], device=device) - 1000
         try:
             got = self(trial)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
@@ -43,6 +44,8 @@ def evaluate(
     guidance: float | None = None,
     count: int | None = None,
     batch: int | None = None,
+    known: int | None = None,
+    skip_bad: bool = False,
     device: str | None = None,
     resume: bool = False,
     quiet: bool = False,
@@ -62,14 +65,17 @@ def evaluate(
     relearn   updates of each of three classifiers trained for the utility table from nothing; 0: a linear probe of the
               judge's features, which is quick but looks through a network that real labels have trained
     steps, guidance, count, batch  sampling steps, guidance scale, reports at most, volumes generated at once
+    known     training volumes at most that memorisation looks among; default 2000, quick 64
+    skip_bad  read all volumes of `data` first, and leave out what cannot be used; left_out.txt names it
     resume    go on with the evaluation in `out`
-    Returns the content of results.json. Everything is checked before long work starts: FileNotFoundError, ValueError,
-    FileExistsError name what was wanted and what came.
+    Returns the content of results.json. Before long work starts tables, headers and networks are checked, and a few
+    volumes read: FileNotFoundError, ValueError, FileExistsError name what was wanted and what came.
     """
     models = {"made": model, **({"without contrastive": without_contrastive} if without_contrastive else {})}
     options = Options(
-        str(data), judge, clip, tuple(backbones), tuple(tables), steps, guidance, count, batch, device, resume, quiet
-    )
+        str(data), judge, clip, tuple(backbones), tuple(tables), steps, guidance, count, batch, known, skip_bad,
+        device, resume, quiet,
+    )  # fmt: skip
     bench = _bench(out, models, options, replace(QUICK if quick else FULL, relearnt=relearn))
     system = bench.systems[0]
     if not quiet:
@@ -77,7 +83,7 @@ def evaluate(
         bench.print_cost()
     bench.see()
     results = _head(bench, {"model": system.told, "data": str(data)}) | bench.compute(system)
-    if len(bench.systems) > 1 and bench.labels is not None:
+    if len(bench.systems) > 1:
         real = bench.store.all("real", bench.count)
         results.setdefault("ablation", {})["contrastive"] = differences(bench, real, bench.systems[1], system)
     return _finish(bench, results, system)
@@ -98,6 +104,8 @@ def compare(
     guidance: float | None = None,
     count: int | None = None,
     batch: int | None = None,
+    known: int | None = None,
+    skip_bad: bool = False,
     device: str | None = None,
     resume: bool = False,
     quiet: bool = False,
@@ -105,20 +113,24 @@ def compare(
     """Two models, or folders of volumes, side by side on the same reports; arguments as of `evaluate`.
 
     data: default: none if both are folders of volumes: then `a` is what `b` is measured against, reports and labels
-    come from the folders' own tables, if they have any, and only fidelity and factual correctness are computed.
+    come from the folders' own tables, if they have any, and only fidelity and factual correctness are computed, of the
+    first `count` volumes. Models are of one size; volumes of others are stretched to it.
     Returns the content of results.json: "a", "b" with their tables and "difference" (b minus a).
     """
     if data is None and _is_volumes(a) and _is_volumes(b):
         from t2ct.eval.folders import compare_folders
 
         given: dict[str, Any] = {"quick": quick or None, "clip": clip, "steps": steps, "guidance": guidance}
-        given |= {"count": count, "batch": batch, "tables": None if tuple(tables) == COMPARED else tables}
+        given |= {"batch": batch, "known": known, "skip_bad": skip_bad or None}
+        given |= {"tables": None if tuple(tables) == COMPARED else tables}
         if said := [f"{name}={value!r}" for name, value in given.items() if value is not None]:
             raise ValueError(f"data: wanted what A and B were made from, since {said[0]} has no say without, got none")
-        return compare_folders(a, b, out, judge=judge, backbones=backbones, device=device, resume=resume, quiet=quiet)
+        return compare_folders(
+            a, b, out, judge=judge, backbones=backbones, count=count, device=device, resume=resume, quiet=quiet
+        )
     options = Options(
-        str(data or DATA), judge, clip, tuple(backbones), tuple(tables), steps, guidance, count, batch, device, resume,
-        quiet,
+        str(data or DATA), judge, clip, tuple(backbones), tuple(tables), steps, guidance, count, batch, known, skip_bad,
+        device, resume, quiet,
     )  # fmt: skip
     bench = _bench(out, {"a": a, "b": b}, options, QUICK if quick else FULL)
     first, second = bench.systems
@@ -158,6 +170,8 @@ class Options:
     guidance: float | None
     count: int | None
     batch: int | None
+    known: int | None
+    skip_bad: bool
     device: str | None
     resume: bool
     quiet: bool
@@ -169,7 +183,7 @@ def _bench(out: str | Path, models: dict[str, Any], o: Options, settings: Settin
     if wrong or not o.tables:
         raise ValueError(f"tables: wanted some of {', '.join(tb.TABLES)}, got {', '.join(o.tables) or 'none'}")
     where = find_device(o.device)
-    given: dict[str, Any] = {"steps": o.steps, "guidance": o.guidance, "count": o.count}
+    given: dict[str, Any] = {"steps": o.steps, "guidance": o.guidance, "count": o.count, "known": o.known}
     settings = replace(settings, **{k: v for k, v in given.items() if v is not None})
     models = {name: _final(model) for name, model in models.items()}
     folder = next((m for m in models.values() if not _is_volumes(m) and not hasattr(m, "vae")), None)
@@ -183,7 +197,10 @@ def _bench(out: str | Path, models: dict[str, Any], o: Options, settings: Settin
         raise ValueError(f"models: wanted volumes of one size, got {' and '.join(str(pipe.size) for pipe in pipes)}")
     nets = [Backbone(spec, size, where) for spec in o.backbones]
     eyes = open_clip(folder, o.clip, where) if "alignment" in o.tables else "it was not asked for"
-    sets = open_sets(o.data, size, settings.count, settings.known)
+    sets = open_sets(o.data, size, settings.count, settings.known, o.skip_bad)
+    if told := sets.known_to_judges:
+        sets.notices.append(f"judge: {told}")
+        warnings.warn(sets.notices[-1], stacklevel=3)
     _match(sets, volumes)
     prompts = [sets.test.entries[i].texts[0] for i in range(len(sets.test))]
     systems = []
@@ -197,7 +214,7 @@ def _bench(out: str | Path, models: dict[str, Any], o: Options, settings: Settin
     look = Look(own, eyes if isinstance(eyes, Clip) else None, nets, where)
     facts = {
         "format": FORMAT, "data": o.data, "judge": judge_hash, "clip": eyes.hash if isinstance(eyes, Clip) else None,
-        "backbones": [net.hash for net in nets],
+        "backbones": {f"{net.dims}d": f"{net.spec} {net.hash}" for net in nets},
     }  # fmt: skip
     reasons = {"alignment": eyes} if isinstance(eyes, str) else {}
     return Bench(out, sets, systems, look, settings, o.tables, facts, reasons, o.resume, o.quiet)

@@ -32,10 +32,7 @@ def judged(
     where = find_device(device)
     network, _ = open_judge(judge, None, where, str(data).startswith("phantoms:"))
     sets = open_sets(data, network.config.size, count)
-    if sets.split != "test":
-        told = "training may have seen the volumes, which have no split"
-        if sets.split:
-            told = f'the volumes are of the split "{sets.split}", on which judges are chosen and calibrated'
+    if told := sets.known_to_judges:
         warnings.warn(f"data: {told}", stacklevel=2)
     test = sets.test
     labels, least = labels_of(test), NEEDS["factual"]

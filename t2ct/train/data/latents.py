@@ -34,6 +34,7 @@ from t2ct.train.recipe import ranks
 
 FORMAT = "t2ct-latents-1"
 SHARD = 64
+TAKEN = "volumes"  # of a shard's metadata: which ones it holds
 SPLITS = ("train", "valid")
 
 
@@ -92,6 +93,18 @@ def _shard(folder: Path, number: int) -> Path:
     return folder / f"latents-{number:05d}.safetensors"
 
 
+def of_shard(number: int, count: int) -> range:
+    """The volumes of `count` that belong in shard `number`."""
+    return range(number * SHARD, min(count, (number + 1) * SHARD))
+
+
+def _taken(path: Path, meant: range) -> list[int]:
+    """The volumes that are in a shard: where one could not be read, the next one stands with its own report."""
+    with safe_open(path, "pt") as file:
+        told = (file.metadata() or {}).get(TAKEN)
+    return list(meant) if told is None else json.loads(told)
+
+
 @torch.no_grad()
 def encode(vae: VAE, hu: np.ndarray, device: torch.device, precision: str = "auto") -> tuple[Tensor, Tensor]:
     """(X, Y, Z) HU -> mu and sigma, (C, X/4, Y/4, Z/4) float16 on the CPU. The one place where volumes are encoded."""
@@ -117,13 +130,14 @@ def encode_source(
     shards = range(-(-len(source) // SHARD))
     mine = [n for n in shards if n % world == rank and not _whole(_shard(folder, n), mark)]
     bar = tqdm(total=len(mine) * SHARD, desc="encoding", disable=quiet or rank != 0 or not mine, mininterval=2)
-    of = {n: range(n * SHARD, min(len(source), (n + 1) * SHARD)) for n in mine}
+    of = {n: of_shard(n, len(source)) for n in mine}
     order = [[index] for number in mine for index in of[number]]
     with bar, reading(_Reads(source, skip_bad), order, workers, False, _only) as items:
         for number in mine:
-            rows = []
+            rows, taken = [], []
             for _ in of[number]:
-                item, skipped = next(items)
+                item, skipped, at = next(items)
+                taken.append(at)
                 for words in skipped:
                     told(words)
                 if isinstance(item, BadVolume):
@@ -132,11 +146,12 @@ def encode_source(
                 bar.update()
             names = [name for name in rows[0] if all(name in row for row in rows)]
             tensors = {name: torch.stack([row[name] for row in rows]) for name in names}
-            write_files({_shard(folder, number): save(tensors, mark)})
+            write_files({_shard(folder, number): save(tensors, mark | {TAKEN: json.dumps(taken)})})
     if world > 1:
         dist.barrier()
     if rank == 0:
-        entries = [{"name": e.name, "texts": list(e.texts)} for e in source.entries]
+        taken = [at for n in shards for at in _taken(_shard(folder, n), of_shard(n, len(source)))]
+        entries = [{"name": e.name, "texts": list(e.texts)} for e in (source.entries[at] for at in taken)]
         index_json = {"format": FORMAT, **mark, "size": list(source.size), "entries": entries}
         write_files({folder / "index.json": json.dumps(index_json, ensure_ascii=False).encode()})
     if world > 1:
@@ -145,21 +160,22 @@ def encode_source(
 
 
 class _Reads(Dataset):
-    """Volume `index` of a source, or the next that can be read, and what to tell of those that cannot."""
+    """Volume `index` of a source, or the next that can be read, what to tell of those that cannot, and which it is."""
 
     def __init__(self, source: Source, skip_bad: bool):
         self.source, self.skip_bad = source, skip_bad
 
-    def __getitem__(self, index: int) -> tuple[Item | BadVolume, list[str]]:
+    def __getitem__(self, index: int) -> tuple[Item | BadVolume, list[str], int]:
         skipped: list[str] = []
         for further in range(len(self.source)):
+            at = (index + further) % len(self.source)
             try:
-                return self.source.read((index + further) % len(self.source)), skipped
+                return self.source.read(at), skipped, at
             except BadVolume as error:
                 if not self.skip_bad:
-                    return BadVolume(f"{error} (--skip-bad puts the next volume in its place)"), skipped
+                    return BadVolume(f"{error} (--skip-bad puts the next volume in its place)"), skipped, at
                 skipped.append(f"skipped: {error}")
-        return BadVolume("data: no volume can be read"), skipped
+        return BadVolume("data: no volume can be read"), skipped, index
 
 
 def _only(rows: Sequence[Any]) -> Any:

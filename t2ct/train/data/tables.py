@@ -66,9 +66,9 @@ def open_folder(
     """The volumes of `split` in a folder with manifest.csv, or shaped as CT-RATE.
 
     manifest.csv: volume (a path inside the folder, which may be a link), report or findings and impression, optionally
-    labels (18 zeros or ones) and split (train, valid, test). CT-RATE: *_reports.csv with VolumeName, Findings_EN,
-    Impressions_EN and perhaps *_labels.csv; the volumes anywhere below; files named train… are for training, valid… for
-    validation.
+    labels (18 zeros or ones; or 18 columns named as `LABELS`, in any order) and split (train, valid, test). CT-RATE:
+    *_reports.csv with VolumeName, Findings_EN, Impressions_EN and perhaps *_labels.csv; the volumes anywhere below;
+    files named train… are for training, valid… for validation.
     Missing volumes, and missing reports or labels where they are needed, are counted and named in one error, or left
     out and added to `bad`.
     """
@@ -125,7 +125,12 @@ def _table(path: Path, wanted: Iterable[str] = ()) -> list[tuple[str, dict[str, 
 
 def _manifest(root: Path, path: Path) -> Iterable[Row]:
     seen: dict[str, str] = {}
-    for where, line in _table(path, ("volume",)):
+    lines = _table(path, ("volume",))
+    named = [label for label in LABELS if lines and label in lines[0][1]]
+    if named and len(named) < len(LABELS):
+        absent = next(label for label in LABELS if label not in named)
+        raise ValueError(f"{path}: wanted a column for each of {len(LABELS)} labels, got none for {absent!r}")
+    for where, line in lines:
         name = line["volume"].strip()
         # As it is written: a link in the folder may lead anywhere, since scans are seldom copied.
         file = Path(os.path.abspath(root / name))
@@ -137,19 +142,17 @@ def _manifest(root: Path, path: Path) -> Iterable[Row]:
             raise ValueError(f"{where}: wanted a split of {', '.join(SPLITS)}, got {split!r}")
         parts = {"findings": line.get("findings"), "impression": line.get("impression")}
         text = _prompt(line.get("report")) or _prompt(parts)
-        yield Row(Entry(name, text, _labels(line.get("labels"), where)), file, SPLITS.get(split, ""))
+        labels = ";".join(line[label] for label in named) if named else line.get("labels")
+        yield Row(Entry(name, text, _labels(labels, where)), file, SPLITS.get(split, ""))
 
 
 def _ct_rate(root: Path) -> Iterable[Row]:
-    below = _below(root)
+    below = files_below(root)
     files = {path.name: path for path in below if path.name.endswith(".nii.gz")}
     reports = [path for path in below if fnmatch(path.name, "*report*.csv")]
     if not reports:
         raise FileNotFoundError(f"data: wanted manifest.csv or CT-RATE's *_reports.csv, got neither in {root}")
-    labels: dict[str, tuple[int, ...] | None] = {}
-    for path in (path for path in below if fnmatch(path.name, "*label*.csv")):
-        for where, line in _table(path, ("VolumeName", *LABELS)):
-            labels[line["VolumeName"].strip()] = _labels(";".join(line[label] for label in LABELS), where)
+    labels = labels_by_name(below)
     seen: dict[str, str] = {}
     for path in reports:
         stem = path.name.lower()
@@ -163,6 +166,15 @@ def _ct_rate(root: Path) -> Iterable[Row]:
             yield Row(Entry(name, text, labels.get(name)), files.get(name, root / name), split)
 
 
+def labels_by_name(files: Iterable[Path]) -> dict[str, tuple[int, ...] | None]:
+    """Labels of volumes by their file's name, from the tables *label*.csv among `files`."""
+    labels: dict[str, tuple[int, ...] | None] = {}
+    for path in (path for path in files if fnmatch(path.name, "*label*.csv")):
+        for where, line in _table(path, ("VolumeName", *LABELS)):
+            labels[line["VolumeName"].strip()] = _labels(";".join(line[label] for label in LABELS), where)
+    return labels
+
+
 def _refuse_twice(key: str, name: str, where: str, seen: dict[str, str]) -> None:
     """ValueError where this volume has a row already."""
     if key in seen:
@@ -170,7 +182,7 @@ def _refuse_twice(key: str, name: str, where: str, seen: dict[str, str]) -> None
     seen[key] = where
 
 
-def _below(root: Path) -> list[Path]:
+def files_below(root: Path) -> list[Path]:
     """Every file below, sorted, also behind links to folders, which rglob passes by."""
     found, known = [], set()
     for folder, folders, names in os.walk(root, followlinks=True):
