@@ -151,7 +151,7 @@ def _least(call):
             call(budget)
         message = str(error.value)
         number, unit = message.split("wanted at least ")[1].replace(",", "").split()[:2]
-        budget = 1.01 * stream.parse_bytes(f"{number} {unit}")
+        budget = stream.parse_bytes(f"{number} {unit}")
     return budget
 
 

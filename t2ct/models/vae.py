@@ -4,6 +4,7 @@ The network of MAISI's AutoencoderKL (Guo et al. 2024, arXiv 2409.11169) that Mo
 has the published keys.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from t2ct.models.layers import (
     check_volume,
     norm_silu_conv,
 )
-from t2ct.models.window import decode_windows
+from t2ct.models.window import decode_windows, window_room
 from t2ct.ops.dispatch import watched
 from t2ct.stream import Budget, Node, Plan
 
@@ -226,11 +227,16 @@ class VAE(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(B, 1, X, Y, Z) in [0, 1] -> mean and standard deviation, each (B, 4, X//4, Y//4, Z//4), x's dtype.
 
-        Without a gradient, or with a budget, it runs in patches, exactly, inside `memory_budget`: as `decode`.
+        Without a gradient, or with a budget, it runs in patches, exactly, inside `memory_budget`: as `decode`. Axes
+        that are no multiple of 4 lose their last planes, as in the published network: a warning says so.
         """
         check_volume("VAE.encode: x", x, self.config.in_channels)
         if min(x.shape[2:]) < self.config.factor:
             raise ValueError(f"VAE.encode: every axis of x must be >= {self.config.factor}, got {tuple(x.shape)}")
+        if any(n % self.config.factor for n in x.shape[2:]) and not watched(x):
+            kept = tuple(n // self.config.factor * self.config.factor for n in x.shape[2:])
+            told = f"wanted multiples of {self.config.factor} voxels, got {tuple(x.shape[2:])}: decoding gives {kept}"
+            warnings.warn(f"VAE.encode: {told}", stacklevel=2)
         if self._streams("encode", x, memory_budget):
             h = self._stream("encode", x, memory_budget, spool_dir, step=step)
         else:
@@ -254,15 +260,16 @@ class VAE(nn.Module):
         step           called after every patch with the operations done
         method         "window": overlapping windows of 80^3 latent voxels, blended, as the published system decodes.
                        Not the network's own function: for comparison
-        Raises         ValueError: another shape, latents that are not finite, a budget below the smallest plan (says
-                       which is); OSError: no room for the spool.
+        Raises         ValueError: another shape, latents that are not finite where no gradient is wanted, a budget
+                       below the smallest plan (says which is); OSError: no room for the spool.
         """
         check_volume("VAE.decode: z", z, self.config.latent_channels)
         if method not in ("exact", "window"):
             raise ValueError(f'VAE.decode: method must be "exact" or "window", got {method!r}')
         if method == "window":
+            room = None if memory_budget is None else window_room(memory_budget, z, self.config.factor)
             y = decode_windows(
-                lambda part: self.decode(part, memory_budget, spool_dir=spool_dir), z, self.config.factor
+                lambda part: self.decode(part, room, spool_dir=spool_dir, step=step), z, self.config.factor
             )
             return unit_to_hu(y) if hu else y
         if self._streams("decode", z, memory_budget):

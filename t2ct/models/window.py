@@ -10,6 +10,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from t2ct.stream import enough_bytes, parse_bytes
+
 ROI, OVERLAP = (80, 80, 80), 0.4  # latent voxels and share, as the published code decodes
 SIGMA = 0.125  # of the Gaussian that blends windows, in windows
 
@@ -31,6 +33,17 @@ def importance(window: Sequence[int]) -> Tensor:
         axes.append(torch.exp(-(x**2) / (2 * (SIGMA * n) ** 2)))
     blend = axes[0][:, None, None] * axes[1][:, None] * axes[2]
     return blend.clamp(min=max(float(blend[blend > 0].min()), 1e-3))
+
+
+def window_room(memory_budget: str | float, z: Tensor, factor: int) -> int:
+    """What is left of a budget for one window beside the sums, weights and result of all of them. ValueError."""
+    voxels, batch = factor**3 * z[0, 0].numel(), len(z)
+    beside = voxels * (2 * 4 * batch + 4 + z.itemsize * batch)
+    room = parse_bytes(memory_budget) - beside
+    if room < 1:
+        told = f"wanted more than {enough_bytes(beside)} for the sums of windows, got {memory_budget!r}"
+        raise ValueError(f"memory_budget: {told}")
+    return room
 
 
 def decode_windows(

@@ -4,7 +4,7 @@ budget.py reads sizes; graph.py is the network as shapes; simulate.py counts wha
 finds the best; run.py carries it out, spool.py holds what lies outside the device; execute.py is the way in.
 """
 
-from t2ct.stream.budget import format_bytes, free_memory, parse_bytes
+from t2ct.stream.budget import enough_bytes, format_bytes, free_memory, parse_bytes
 from t2ct.stream.execute import Budget, execute, plan_for
 from t2ct.stream.graph import Graph, Node
 from t2ct.stream.plan import Plan, make_plan, smallest_plan
@@ -14,6 +14,7 @@ __all__ = [
     "Graph",
     "Node",
     "Plan",
+    "enough_bytes",
     "execute",
     "format_bytes",
     "free_memory",

@@ -31,7 +31,7 @@ def parse_bytes(value: str | Real | float, name: str = "memory_budget") -> int:
         number, unit = float(match[1]), match[2].upper()
     if unit not in UNITS or not 1 <= number * UNITS[unit] < MOST:
         raise ValueError(f'{name}: wanted a positive size such as "6GB", "6GiB" or 6e9, got {value!r}')
-    return int(number * UNITS[unit])
+    return int(round(number * UNITS[unit], 3))  # 2.01 kB is 2010 bytes
 
 
 def format_bytes(count: float) -> str:
@@ -41,6 +41,12 @@ def format_bytes(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} GB" if count < 999.5 else f"{count / 1000:.3g} TB"
+
+
+def enough_bytes(count: int) -> str:
+    """As `format_bytes`, rounded up: who names so much as a budget has `count` bytes at least."""
+    scale = 10 ** max(0, len(str(count)) - 3)
+    return format_bytes(-(-count // scale) * scale)
 
 
 def free_memory(device: torch.device | str) -> int:
@@ -74,13 +80,29 @@ def _available() -> int | None:
             return None
 
 
-def _control_group(root: str = "/sys/fs/cgroup") -> int | None:
-    for limit, used in (("memory.max", "memory.current"),
-                        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):  # fmt: skip
-        try:
-            most = (Path(root) / limit).read_text().strip()
-            if most != "max":
-                return max(0, int(most) - int((Path(root) / used).read_text()))
-        except (OSError, ValueError):
-            continue
-    return None
+def _control_group(root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> int | None:
+    """What the groups that this process is in, and those above them, leave; pages of files can be had back."""
+    try:
+        lines = [line.split(":", 2) for line in Path(own).read_text().splitlines()]
+    except OSError:
+        lines = []
+    paths = {kinds: path.strip("/") for _, kinds, path in (line for line in lines if len(line) == 3)}
+    second = ("", paths.get("", ""), "memory.max", "memory.current", "inactive_file")
+    first = ("memory", next((p for kinds, p in paths.items() if "memory" in kinds.split(",")), ""),
+             "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")  # fmt: skip
+    left = []
+    for top, path, limit, used, files in (second, first):
+        names = path.split("/") if path else []
+        for group in (Path(root, top, *names[:n]) for n in range(len(names) + 1)):
+            try:
+                most = (group / limit).read_text().strip()
+                if most == "max":
+                    continue
+                taken = int((group / used).read_text())
+                with contextlib.suppress(OSError, ValueError, KeyError):
+                    stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                    taken -= int(stat[files])
+                left.append(max(0, int(most) - max(0, taken)))
+            except (OSError, ValueError):
+                continue
+    return min(left, default=None)

@@ -14,7 +14,7 @@ from t2ct.stream.gradient import differentiable, plan_backward
 from t2ct.stream.graph import Graph, Node
 from t2ct.stream.plan import Plan, make_plan
 from t2ct.stream.run import Run, planes_of
-from t2ct.stream.spool import check_folder
+from t2ct.stream.spool import check_folder, check_room
 
 Budget = str | int | float | None
 
@@ -28,7 +28,8 @@ def plan_for(
     spool_dir: str | Path | None = None,
     output_itemsize: int | None = None,
 ) -> Plan:
-    """The plan for x of `shape` (N, C, X, Y, Z): see `execute`. ValueError where no plan fits the budget."""
+    """The plan for x of `shape` (N, C, X, Y, Z): see `execute`. ValueError where no plan fits the budget, OSError where
+    its spool does not fit the disk."""
     device = torch.device(device)
     compiled = forced() in (None, "cpu") and why_not("cpu", "cpu", dtype) is None
     if device.type == "cuda":
@@ -41,7 +42,13 @@ def plan_for(
     budget = _bytes(memory_budget, device)
     # The results of the other samples of the batch are there as well.
     others = (shape[0] - 1) * graph.costs[-1].bytes // graph.itemsize * itemsize
-    return make_plan(graph, max(1, budget - others), _may_spool(device, spool_dir), itemsize)
+    plan = make_plan(graph, budget, _may_spool(device, spool_dir), itemsize, others)
+    here = device.type == "cuda" and torch.cuda.is_available()  # not a plan for another machine
+    if here and plan.spool > free_memory("cpu"):  # pinned memory is the host's
+        plan = make_plan(graph, budget, False, itemsize, others)
+    if device.type == "cpu" and spool_dir is not None:
+        check_room(spool_dir, plan.spool)
+    return plan
 
 
 def _bytes(memory_budget: Budget, device: torch.device) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor
 from t2ct import ops
 from t2ct.ops import smooth_conv
 from t2ct.ops.conv_gradient import in_float32
-from t2ct.stream.budget import format_bytes
+from t2ct.stream.budget import enough_bytes, format_bytes
 from t2ct.stream.graph import Graph
 from t2ct.stream.plan import INPUT, Plan, segments
 from t2ct.stream.run import Again, Run, Tiles, planes_of, volume
@@ -60,7 +60,7 @@ def plan_backward(graph: Graph, room: int, spool: bool, beside: int) -> Backward
             return plan
     least = min(plan.peak for plan in plans)
     raise ValueError(
-        f"memory_budget: wanted at least {format_bytes(least + beside)} for the gradient of {graph.size} voxels, got "
+        f"memory_budget: wanted at least {enough_bytes(least + beside)} for the gradient of {graph.size} voxels, got "
         f"{format_bytes(room + beside)}"
     )
 

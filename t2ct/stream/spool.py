@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_CLAIM = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 class FileSpool:
@@ -22,8 +27,12 @@ class FileSpool:
         try:
             os.posix_fallocate(self.file.fileno(), 0, planes * self.plane)
         except OSError as error:
+            if error.errno in NO_CLAIM:  # a file system that cannot: it shows when the planes are written
+                return
             self.file.close()
-            raise OSError(error.errno, f"{folder}: no room for a spool of {planes * self.plane:,} bytes") from None
+            if error.errno in FULL:
+                raise OSError(error.errno, f"{folder}: no room for a spool of {planes * self.plane:,} bytes") from None
+            raise
 
     def write(self, start: int, tile: Tensor) -> None:
         """Planes from `start` on; tile (X, Y, Z, C), contiguous."""
@@ -73,6 +82,14 @@ class PinnedSpool:
     def close(self) -> None:
         self.stream.synchronize()
         del self.host
+
+
+def check_room(folder: str | Path, wanted: int) -> None:
+    """OSError where the disk of `folder` has not `wanted` bytes free: before the work, not in the middle of it."""
+    free = shutil.disk_usage(folder).free
+    if free < wanted:
+        told = f"{folder}: no room for a spool of {wanted:,} bytes, {free:,} are free"
+        raise OSError(errno.ENOSPC, told)
 
 
 def check_folder(folder: str | Path | None) -> Path | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,14 +22,17 @@ from t2ct.train.ldm import LDMRecipe
 from t2ct.train.parts.folders import load_part, load_tokenizer, start_from
 from t2ct.train.parts.lora import add_lora
 from t2ct.train.parts.tokens import warn_of_cuts
-from t2ct.train.recipe import Recipe, ranks
+from t2ct.train.recipe import Distance, Recipe, ranks
 from t2ct.train.vae import VAERecipe
 
 
 def build(
-    kind: str, config: Training, data: str, root: Path, device: torch.device, cache: Path, quiet: bool = False
+    kind: str, config: Training, data: str, root: Path, device: torch.device, cache: Path, quiet: bool = False,
+    perceptual: Distance | None = None,
 ) -> Recipe:  # fmt: skip
     """The recipe of a run: network, data and all."""
+    if perceptual is not None and not isinstance(config, VAETraining):
+        raise ValueError(f"perceptual_distance: wanted none for {kind}, whose loss has no such term, got {perceptual!r:.80}")
     root.mkdir(parents=True, exist_ok=True)
     bad = root / "bad.txt"
     if isinstance(config, LDMTraining):
@@ -41,7 +44,7 @@ def build(
         vae = VAE(config.model.vae)
         torch.nn.init.constant_(vae.quant_conv_log_sigma.conv.bias, config.log_variance_start)  # type: ignore[arg-type]
         start_from(vae.to(device), config.start, "vae")
-        return VAERecipe(config, vae, train_set, valid, bad)
+        return VAERecipe(config, vae, train_set, valid, bad, perceptual)
     if isinstance(config, JudgeTraining):
         judge = Judge(config.model).to(device)
         start_from(judge, config.start, "judge")
@@ -58,16 +61,22 @@ def _source(config: Training, data: str, split: str, cache: Path, bad: Path) -> 
     left_out: list[str] = []
     labels = isinstance(config, JudgeTraining) or bool(getattr(config, "label_weight", 0))
     source = open_data(
-        data, split, config.model.size, texts=isinstance(config, CLIPTraining),
+        data, split, config.model.size, texts=isinstance(config, (CLIPTraining, LDMTraining)),
         labels=labels, skip_bad=config.skip_bad, bad=left_out,
         valid_count=max(VALID_COUNT, config.valid_count),
     )  # fmt: skip
-    if left_out:
-        known = bad.read_text(encoding="utf-8").splitlines() if bad.exists() else []
-        write_files({bad: ("\n".join([*known, *(n for n in left_out if n not in known)]) + "\n").encode()})
+    for line in left_out:
+        _note(bad, line)
     if isinstance(config, CLIPTraining) and not config.contrast_weight:
         return Unread(source)
     return cached(source, cache, config.cache_gb) if len(source) else source
+
+
+def _note(bad: Path, line: str) -> None:
+    """Add a line on what was left out to RUN/bad.txt."""
+    known = bad.read_text(encoding="utf-8").splitlines() if bad.exists() else []
+    if line not in known:
+        write_files({bad: ("\n".join([*known, line]) + "\n").encode()})
 
 
 def _tokenizer(config: CLIPTraining, source: Source, root: Path) -> Tokenizer:
@@ -109,13 +118,12 @@ def _build_ldm(
             if (ready / "index.json").is_file():
                 found[split] = LatentSource(ready, digest)
             continue
-        source = open_data(data, split, config.model.size, skip_bad=config.skip_bad)
+        source = _source(config, data, split, cache, root / "bad.txt")
         if len(source):
             found[split] = encode_source(
-                cached(source, cache, config.cache_gb), vae, digest, root / "latents" / split, device,
-                precision=config.precision, skip_bad=config.skip_bad, told=warnings.warn, quiet=quiet,
-                workers=config.workers,
-            )  # fmt: skip
+                source, vae, digest, root / "latents" / split, device, precision=config.precision,
+                skip_bad=config.skip_bad, told=partial(_note, root / "bad.txt"), quiet=quiet, workers=config.workers,
+            )
     torch.manual_seed(config.seed)
     unet = UNet(config.model.unet).to(device)
     start_from(unet, config.start, "unet")

@@ -45,7 +45,9 @@ class Training:
     steps: int = key(1000, "updates of the weights", within=POSITIVE_COUNT)
     seed: int = key(0, "the same seed, data and machine give the same weights", within=Range(0, LARGEST_SEED))
     batch: int = key(8, "samples in an update, over all devices", within=Range(1, 2**16))
-    micro: int = key(0, "samples that a device holds at once; 0: its whole share; --memory may hold fewer")
+    micro: int = key(
+        0, "samples that a device holds at once; 0: its whole share; --memory may hold fewer", free=True
+    )
     memory: str = key("", 'what a device may use, such as "24GB"; empty: no plan is made', free=True)
     optimiser_bits: int = key(32, "of each of Adam's moments; 8: blocks of 256 with a scale (torchao)", choices=(32, 8))
     offload: str = key(
@@ -194,6 +196,9 @@ class LDMTraining(Training):
         within=POSITIVE_COUNT,
     )  # fmt: skip
     latents: str = key("sampled", "sampled: mu + sigma * fresh noise", choices=("sampled", "means"))
+    min_snr: float = key(
+        0.0, "gamma of the weights t^2 min(SNR, gamma), SNR = ((1 - t) / t)^2 (arXiv 2303.09556); 0: none"
+    )
     text_dropped: float = key(0.1, "share of samples that see no text", within=SHARE)
     text_noise: float = key(0.0, "length of the noise added to a text's unit vector")
     whiten: bool = key(False, "contexts as wide in every direction; the weights take that up in the end")

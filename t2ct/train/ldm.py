@@ -160,6 +160,8 @@ class LDMRecipe(Recipe):
         error = error.square() if c.loss == "squared" else error.abs()
         if "weight" in batch:
             error = error * batch["weight"][:, None]
+        if c.min_snr:  # of the error of x0, which is t times that of the velocity
+            error = error * torch.minimum((1 - t).square(), c.min_snr * t.square()).view(-1, 1, 1, 1, 1)
         return error.mean()
 
     @torch.no_grad()

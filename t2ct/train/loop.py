@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -152,12 +152,14 @@ class Run:
         with self.averaged() as weights:
             yield None if ranks()[0] else weights
 
-    def update(self, micros: list[Batch]) -> tuple[Tensor, Tensor, Shown] | None:
-        """One update of every part: (loss, norm, shown) of the first, or None where a gradient was not finite."""
-        told = None
+    def update(self, micros: Sequence[Batch]) -> tuple[Tensor, Tensor, Shown] | None:
+        """One update of every part: (loss, norm, shown) of the first, or None where a gradient of any was not finite:
+        then no part has moved."""
+        found: dict[str, tuple[Tensor, Tensor, Shown]] = {}
         self.recipe.begin(self.step)
+        bad = torch.zeros(())
         for name, call in self.calls.items():
-            if not self.recipe.active(name, self.step):
+            if bad.item() or not self.recipe.active(name, self.step):
                 continue
             optimiser = self.optimisers[name]
             optimiser.zero_grad()
@@ -170,20 +172,22 @@ class Run:
             finite = torch.isfinite(norm).cpu() & torch.isfinite(loss)
             bad = (~finite).float()
             sum_ranks([bad])  # a loss may be infinite on one rank alone; all of them must agree
+            found[name] = loss, norm, shown
+        for name, (_, norm, _) in found.items():
+            optimiser = self.optimisers[name]
             if bad.item():
                 optimiser.zero_grad()
-                if self.scaler.is_enabled():
-                    self.scaler.update()
-                return None
+                continue
             if self.config.clip_norm and norm > self.config.clip_norm:  # else a multiplication by 1 of every gradient
                 shard.clip(optimiser.live.values(), self.config.clip_norm, norm)
             optimiser.step(rate_factor(self.step, self.config))
-            told = told or (loss, norm, shown)
         if self.scaler.is_enabled():
             self.scaler.update()
+        if bad.item():
+            return None
         self.average.update(self.recipe.parts[self.first])
         self.recipe.after(self.step)
-        return told
+        return next(iter(found.values()), None)
 
     def _backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()
@@ -219,7 +223,7 @@ def run(
     with _signals() as asked, ahead as batches, bar, kept_memory(device):
         while state.step < config.steps:
             started = time.monotonic()
-            held = [_to(next(batches), device) for _ in range(config.batch // (micro * world))]
+            held = Held([_good(next(batches)) for _ in range(config.batch // (micro * world))], device)
             waited += time.monotonic() - started
             torch.manual_seed(config.seed * 1_000_003 + state.step)  # for modules that draw on their own
             told = state.update(held)
@@ -276,13 +280,31 @@ def _look(state: Run, metrics: Metrics | None, folder: Path) -> None:
         metrics.valid(state.step, figures)
 
 
-def _to(batch: Batch | BadVolume, device: torch.device) -> Batch:
+class Held(Sequence):
+    """An update's micro-batches, in the host's memory until their turn: a large batch of volumes fits no device. One
+    alone is moved at once."""
+
+    def __init__(self, batches: list[Batch], device: torch.device):
+        self.device = device
+        self.batches = [self._moved(batches[0])] if len(batches) == 1 else batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._moved(self.batches[index])
+
+    def _moved(self, batch: Batch) -> Batch:
+        return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+
+
+def _good(batch: Batch | BadVolume) -> Batch:
     if isinstance(batch, BadVolume):
         raise BadVolume(f"{batch} (--skip-bad puts the next volume in its place)")
-    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    return batch
 
 
-def _give_up(state: Run, micros: list[Batch], checkpoints: Checkpoints) -> None:
+def _give_up(state: Run, micros: Sequence[Batch], checkpoints: Checkpoints) -> None:
     known = checkpoints.steps()
     good = f"the last good checkpoint is {checkpoints.path(known[-1])}" if known else "there is no checkpoint yet"
     raise RuntimeError(
@@ -291,7 +313,7 @@ def _give_up(state: Run, micros: list[Batch], checkpoints: Checkpoints) -> None:
     )
 
 
-def first_bad(state: Run, micros: list[Batch]) -> str:
+def first_bad(state: Run, micros: Sequence[Batch]) -> str:
     """The name of the first tensor with NaN or infinity: of the batch, weights, modules' outputs, gradients."""
     for i, batch in enumerate(micros):
         for name, value in batch.items():

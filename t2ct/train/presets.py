@@ -96,10 +96,14 @@ OWN_TERMS = {  # of a VAE too small, and trained too briefly, for a critic
     "log_variance_start": -4.0,  # little noise at first
 }
 
-_VAE = VAETraining(steps=60_000, batch=4, learning_rate=1e-4, clip_norm=0.0, schedule="constant", valid_every=1000)
-_CLIP = CLIPTraining(
-    steps=100_000, batch=8, learning_rate=5e-5, weight_decay=1e-4, warmup=0.2, clip_norm=0.0, valid_every=1000
+_VAE = VAETraining(
+    steps=60_000, batch=4, learning_rate=1e-4, clip_norm=0.0, schedule="constant", valid_every=1000,
+    workers=2,
 )
+_CLIP = CLIPTraining(
+    steps=100_000, batch=8, learning_rate=5e-5, weight_decay=1e-4, warmup=0.2, clip_norm=0.0, valid_every=1000,
+    valid_count=256, workers=2,
+)  # fmt: skip
 _LDM = LDMTraining(
     steps=700_000,
     batch=8,

@@ -18,6 +18,7 @@ from t2ct.train.data.source import BadVolume, Item, Source
 
 Batch = dict[str, Tensor]
 Shown = dict[str, float]
+Distance = Callable[[Tensor, Tensor], Tensor]  # of two batches of volumes
 M = TypeVar("M", bound=nn.Module)
 # What gloo and NCCL say, of whichever operation it was that waited, when another process is no longer there.
 LOST = ("by peer", "Connection closed", "Broken pipe", "remote process exited")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ from t2ct.train.optim import check_optimiser
 from t2ct.train.parts.folders import find_folder, run_facts
 from t2ct.train.parts.ready import absolute, check_data, check_numbers, check_weights
 from t2ct.train.presets import FIRST, before, default_data, preset
-from t2ct.train.recipe import by_itself, one_message, ranks
+from t2ct.train.recipe import Distance, by_itself, one_message, ranks
 from t2ct.train.show.report import write_report
 
 FORMAT = "t2ct-run-1"
@@ -68,6 +68,7 @@ def train(
     device: str | torch.device | None = None,
     quiet: bool = False,
     cache: str | Path | None = None,
+    perceptual_distance: Distance | None = None,
     **values: Any,
 ) -> Path:
     """Train a network and return the folder with its final weights, `out`/final.
@@ -81,6 +82,8 @@ def train(
              fields of `t2ct.train.config` (steps, seed, learning_rate, model={"vae": {…}}, …)
     dry_run  print what it would cost, write nothing
     cache    folder for prepared volumes, which runs on the same data may share; default: `out`/cache
+    perceptual_distance  of the VAE: f(x, y) of volumes (B, 1, X, Y, Z) in [0, 1] -> a scalar, instead of that in the
+             features of random convolutions
     Raises ValueError, TypeError, FileNotFoundError for what is wrong with the arguments or the data, OSError for a full
     disk, RuntimeError for gradients that are not finite; `t2ct.train.loop.Preempted` after SIGTERM or SIGUSR1.
     """
@@ -110,6 +113,9 @@ def train(
             check_data(made, spec)
         if dry_run:
             told = partial(print, flush=True) if not quiet else lambda _: None
+            for name, stage, early in _stages_left(kind, preset, made):
+                print(f"first its {name}:")
+                print(make_plan(stage, _told(kind, preset, made, early, spec), where, ranks()[1], told).text())
             print(make_plan(kind, made, where, ranks()[1], told).text())
             return root
         if not str(out):
@@ -122,7 +128,7 @@ def train(
             _stages(kind, preset, made, spec, root, where, quiet, prepared)
             made = _resolved(kind, made, root, preset)
         with one_message():
-            return _train(kind, made, preset, spec, root, where, quiet, prepared)
+            return _train(kind, made, preset, spec, root, where, quiet, prepared, perceptual_distance)
     finally:
         torch.set_num_threads(threads)
 
@@ -190,12 +196,11 @@ def _stages(
 ) -> None:  # fmt: skip
     """Train what a preset of its own needs before, each stage in a folder of the run."""
     for folder, stage, told in _stages_left(kind, name, config):
+        told = _started(_told(kind, name, config, told, data), folder, root)
         if stage != "ldm" and (root / folder / "final" / "config.json").exists():
+            if ranks()[0] == 0:
+                _known(root / folder, told)
             continue
-        told = replace(told, seed=config.seed, precision=config.precision, skip_bad=config.skip_bad)
-        if isinstance(told, CLIPTraining) and told.recombine and not data.startswith("phantoms:"):
-            told = replace(told, recombine=0.0)  # the reader of sentences knows the words of phantoms' reports
-        told = _started(told, folder, root)
         if ranks()[0] == 0 and not quiet:
             print(f"{root}: first its {folder}, {told.steps} steps", flush=True)
         rank, world = ranks()
@@ -208,6 +213,17 @@ def _stages(
                 _refuse_other(root / folder, stage, name, data, True)
                 _train(stage, told, name, data, root / folder, device, quiet, cache)
         _wait()
+
+
+def _told(kind: str, name: str, config: Training, stage: Training, data: str) -> Training:
+    """What a stage before the network's own is told of the network's configuration: the seed, the precision, and what
+    else was said that changes no number."""
+    own = preset(kind, name)
+    free = {f.name for f in fields(stage) if f.metadata.get("free")} - {"micro"} | {"seed", "precision"}
+    stage = replace(stage, **{f: getattr(config, f) for f in free if getattr(config, f) != getattr(own, f)})
+    if isinstance(stage, CLIPTraining) and stage.recombine and not data.startswith("phantoms:"):
+        stage = replace(stage, recombine=0.0)  # the reader of sentences knows the words of phantoms' reports
+    return stage
 
 
 def _given(config: Training, stage: str) -> bool:
@@ -274,21 +290,27 @@ def _config_of(path: str, part: str) -> Any:
 
 
 def _train(
-    kind: str, config: Training, name: str, data: str, root: Path, device: torch.device, quiet: bool, cache: Path
+    kind: str, config: Training, name: str, data: str, root: Path, device: torch.device, quiet: bool, cache: Path,
+    perceptual: Distance | None = None,
 ) -> Path:  # fmt: skip
     rank, world = ranks()
     if config.threads:
         torch.set_num_threads(config.threads)
     facts = {"format": FORMAT, "kind": kind, "preset": name, "data": data, "steps": config.steps}
     plan = _known(root, config) if rank == 0 else {}
-    recipe = build(kind, config, data, root, device, cache, quiet)
-    if rank == 0 and not plan:
-        found = _plan(kind, config, device, quiet)
-        plan = {
-            "micro": found.micro, "checkpoint_blocks": found.checkpoint, "offload": found.offload, "shard": found.shard
-        }  # fmt: skip
-        content = {root / "config.toml": to_toml(config).encode()}
-        write_files(content | {root / "run.json": json.dumps({**facts, **plan}, indent=1).encode()})
+    recipe = build(kind, config, data, root, device, cache, quiet, perceptual)
+    if rank == 0:
+        began = dict(plan)
+        if not plan or (config.memory and config.memory != plan.get("memory")):
+            found = _plan(kind, config, device, quiet)
+            plan = {
+                "micro": found.micro, "checkpoint_blocks": found.checkpoint, "offload": found.offload,
+                "shard": found.shard, "memory": config.memory,
+            }  # fmt: skip
+        plan["micro"] = _dividing(config.batch // world, config.micro or plan["micro"])
+        if plan != began:
+            content = {root / "config.toml": to_toml(config).encode()}
+            write_files(content | {root / "run.json": json.dumps({**facts, **plan}, indent=1).encode()})
     if world > 1:  # what the first process decided holds for all
         plans = [plan]
         dist.broadcast_object_list(plans)
@@ -300,6 +322,11 @@ def _train(
     if rank == 0:
         write_report(root)
     return root / "final"
+
+
+def _dividing(share: int, most: int) -> int:
+    """The largest micro-batch up to `most` that a device's share consists of."""
+    return next(n for n in range(min(share, most), 0, -1) if share % n == 0)
 
 
 def _plan(kind: str, config: Training, device: torch.device, quiet: bool) -> Plan:

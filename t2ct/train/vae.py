@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from t2ct.train.data.order import Draw, Samples, generator
 from t2ct.train.data.source import Item, Source
 from t2ct.train.parts.critic import Critic, RandomFeatures
 from t2ct.train.parts.folders import export_folder
-from t2ct.train.recipe import Batch, Recipe, Shown, placed, readable
+from t2ct.train.recipe import Batch, Distance, Recipe, Shown, placed, readable
 from t2ct.train.show.figures import picture_pairs, reconstruction
 
 MOST_WEIGHT = 50.0  # of a voxel of one finding
@@ -87,7 +86,7 @@ class VAERecipe(Recipe):
 
     def __init__(
         self, config: VAETraining, model: VAE, source: Source | None, valid: Source | None = None,
-        bad: Path | None = None, perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
+        bad: Path | None = None, perceptual: Distance | None = None,
     ):  # fmt: skip
         config.check_patches()
         self.config, self.model, self.source, self.valid, self.bad = config, model, source, valid, bad

@@ -140,7 +140,9 @@ def _measured(kind: str, config: Training, device: torch.device, world: int = 1)
 
     def predict(micro: int, blocks: bool, offload: str, shard: str) -> tuple[float, float, Callable[[], float]]:
         left = replace(config, offload=offload, shard=shard)
-        fixed = fixed_bytes(left, recipe, config.batch, world)
+        # Micro-batches wait in the host's memory, but those whose volumes a critic sees again.
+        held = config.batch if kind == "vae" else min(config.batch, 2 * micro)
+        fixed = fixed_bytes(left, recipe, held, world)
         at_work, between = whole_bytes(left, recipe, world)
         if blocks not in known:
             known[blocks] = measure(kind, config, device, blocks)
