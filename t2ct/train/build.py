@@ -32,7 +32,7 @@ def build(
 ) -> Recipe:  # fmt: skip
     """The recipe of a run: network, data and all."""
     if perceptual is not None and not isinstance(config, VAETraining):
-        raise ValueError(f"perceptual_distance: wanted none for {kind}, whose loss has no such term, got {perceptual!r:.80}")
+        raise ValueError(f"perceptual_distance: wanted none for {kind}, whose loss has none, got {perceptual!r:.80}")
     root.mkdir(parents=True, exist_ok=True)
     bad = root / "bad.txt"
     if isinstance(config, LDMTraining):
