@@ -25,6 +25,7 @@ def add_parser(commands: Any, **options: Any) -> None:
     parser.add_argument(
         "--workers", type=arguments.workers, default=2, help="processes that read volumes ahead (default: %(default)s)"
     )
+    arguments.add_memory(parser)
     parser.add_argument("--skip-bad", action="store_true", help="put the next volume in the place of a bad one")
     parser.add_argument("--quiet", action="store_true", help="print errors and warnings only")
     parser.set_defaults(run=run)
@@ -37,7 +38,8 @@ def run(args: argparse.Namespace) -> None:
 
     folder = make_latents(
         args.data, args.vae, args.out, device=find_device(args.device), precision=args.precision,
-        skip_bad=args.skip_bad, quiet=args.quiet, workers=args.workers,
+        skip_bad=args.skip_bad, quiet=args.quiet, workers=args.workers, memory_budget=args.memory,
+        spool_dir=args.spool,
     )  # fmt: skip
     if not args.quiet:
         print(f"wrote {folder}")

@@ -123,7 +123,8 @@ def _build_ldm(
             found[split] = encode_source(
                 source, vae, digest, root / "latents" / split, device, precision=config.precision,
                 skip_bad=config.skip_bad, told=partial(_note, root / "bad.txt"), quiet=quiet, workers=config.workers,
-            )
+                memory_budget=config.memory or None,
+            )  # fmt: skip
     torch.manual_seed(config.seed)
     unet = UNet(config.model.unet).to(device)
     start_from(unet, config.start, "unet")

@@ -70,9 +70,21 @@ DEVICES = (
     ("aortic valve prosthesis", r"prosthe"), ("central venous catheter", r"central venous|jugular"),
 )  # fmt: skip
 KINDS = {
-    "emphysema": ("centrilobular", "paraseptal"), "bronchiectasis": ("cylindrical", "varicose", "cystic"),
-    "lymphadenopathy": ("paratracheal", "subcarinal", "prevascular", "hilar", "axillary"),
+    **{name: tuple((kind, kind) for kind in kinds) for name, kinds in (
+        ("emphysema", ("centrilobular", "paraseptal")), ("bronchiectasis", ("cylindrical", "varicose", "cystic")),
+        ("lymphadenopathy", ("paratracheal", "subcarinal", "prevascular", "hilar", "axillary")),
+    )},
+    "medical material": DEVICES,
+    "coronary artery wall calcification": (
+        ("left anterior descending", "left anterior descending"), ("circumflex", "circumflex"),
+        ("right", "right coronary"), ("multivessel", r"(all three|multiple) coronary|multivessel"),
+    ),
+    "atelectasis": (
+        ("compressive", r"compressive|passive|\badjacent"), ("linear", r"\blinear|plate-like|subsegmental|\bband"),
+        ("lobar", r"\blobar|collapse|complete atelectasis"),
+    ),
 }  # fmt: skip
+SEVERAL = re.compile(r"\b(multiple|several|numerous|both lungs)\b")
 
 
 @dataclass(frozen=True)
@@ -117,7 +129,8 @@ def read_report(text: str) -> Reading:
 def contradictions(text: str, present: Sequence[Finding]) -> list[str]:
     """What a report says that is not true of a chest with these findings, and what it leaves out; [] if it is right.
 
-    A mention must fit one of the findings of its name in all that it says: side, lobe, size, measurement, kind."""
+    A mention must fit one of the findings of its name in all that it says: side, lobe, size, measurement, kind, and
+    whether nodules are several."""
     reading = read_report(text)
     here = {f.name for f in present}
     told = {f.name for f in reading.findings}
@@ -134,7 +147,8 @@ def contradictions(text: str, present: Sequence[Finding]) -> list[str]:
 def _fits(said: Finding, may_be: frozenset[str], f: Finding) -> bool:
     plain = all(getattr(said, key) in (None, getattr(f, key)) for key in ("side", "lobe", "kind"))
     measured = said.size_mm is None or (f.size_mm is not None and abs(said.size_mm - f.size_mm) <= 0.51)
-    return plain and measured and (not may_be or f.size is None or f.size in may_be)
+    several = said.count is None or (f.count or 1) > 1
+    return plain and measured and several and (not may_be or f.size is None or f.size in may_be)
 
 
 def _sentences(text: str) -> list[str]:
@@ -207,11 +221,12 @@ def _describe(name: str, words: str) -> tuple[Finding, frozenset[str]]:
             sides = set(re.findall(r"\b(right|left)\b", plain))
             side = sides.pop() if len(sides) == 1 else None
     lobe = re.search(r"\b(upper|middle|lower)\b(?= lobe)", plain) if disease.lobes else None
-    kind = next((k for k in KINDS.get(name, ()) if k in words), None)
-    if name == "medical material":
-        kind = next((k for k, pattern in DEVICES if re.search(pattern, words)), None)
-    measured = re.search(r"(\d+(?:\.\d+)?)(?:\s?x\s?\d+(?:\.\d+)?)?\s?(mm|cm)\b", words)
-    size_mm = float(measured[1]) * (10 if measured[2] == "cm" else 1) if measured else None
+    kind = next((k for k, pattern in KINDS.get(name, ()) if re.search(pattern, words)), None)
+    measured = re.search(r"(\d+(?:\.\d+)?)(?:\s?x\s?(\d+(?:\.\d+)?))?\s?(mm|cm)\b", words)
+    size_mm = None
+    if measured:  # the larger of two diameters
+        size_mm = max(float(n) for n in measured.groups()[:2] if n) * (10 if measured[3] == "cm" else 1)
+    count = 2 if name == "lung nodule" and SEVERAL.search(words) else None  # or more
     may_be: set[str] = set()
     best = 0
     for size, options in SIZE_WORDS.get(name, {}).items():
@@ -219,4 +234,4 @@ def _describe(name: str, words: str) -> tuple[Finding, frozenset[str]]:
             if option and re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", words) and len(option) >= best:
                 may_be = {size} if len(option) > best else may_be | {size}
                 best = len(option)
-    return Finding(name, side, lobe[1] if lobe else None, None, kind, size_mm), frozenset(may_be)
+    return Finding(name, side, lobe[1] if lobe else None, None, kind, size_mm, count), frozenset(may_be)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tqdm import tqdm
 from t2ct.files import check_output_folder, write_files
 from t2ct.models import VAE, hu_to_unit
 from t2ct.models.layers import channels_last
+from t2ct.stream import Budget
 from t2ct.train.data import BadVolume, Source, open_data
 from t2ct.train.data.found import coarser
 from t2ct.train.data.order import reading
@@ -106,21 +108,26 @@ def _taken(path: Path, meant: range) -> list[int]:
 
 
 @torch.no_grad()
-def encode(vae: VAE, hu: np.ndarray, device: torch.device, precision: str = "auto") -> tuple[Tensor, Tensor]:
-    """(X, Y, Z) HU -> mu and sigma, (C, X/4, Y/4, Z/4) float16 on the CPU. The one place where volumes are encoded."""
+def encode(
+    vae: VAE, hu: np.ndarray, device: torch.device, precision: str = "auto", memory_budget: Budget = None,
+    spool_dir: str | Path | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(X, Y, Z) HU -> mu and sigma, (C, X/4, Y/4, Z/4) float16 on the CPU, in patches inside the budget. The one place
+    where volumes are encoded."""
     dtype = find_precision(precision, device)
     x = channels_last(hu_to_unit(torch.from_numpy(hu)[None, None]).to(device))
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        mu, sigma = vae.encode(x)
+        mu, sigma = vae.encode(x, memory_budget, spool_dir=spool_dir)
     return mu[0].half().cpu().contiguous(), sigma[0].half().cpu().contiguous()
 
 
 def encode_source(
     source: Source, vae: VAE, vae_hash: str, folder: Path, device: torch.device, *, precision: str = "auto",
     skip_bad: bool = False, told: Callable[[str], None] = print, quiet: bool = False, workers: int = 0,
+    memory_budget: Budget = None, spool_dir: str | Path | None = None,
 ) -> LatentSource:  # fmt: skip
     """Latents of every volume of `source` into `folder`; shards that are there are kept, ranks share the others.
-    `workers` processes read volumes ahead.
+    `workers` processes read volumes ahead; memory_budget, spool_dir: of each encoding, as `VAE.encode`.
 
     ValueError where folder holds latents of another VAE or of other data; BadVolume unless skip_bad.
     """
@@ -142,7 +149,8 @@ def encode_source(
                     told(words)
                 if isinstance(item, BadVolume):
                     raise item
-                rows.append(_encoded(item, vae, device, precision))
+                rows.append(_encoded(item, vae, partial(encode, vae, device=device, precision=precision,
+                                                        memory_budget=memory_budget, spool_dir=spool_dir)))  # fmt: skip
                 bar.update()
             names = [name for name in rows[0] if all(name in row for row in rows)]
             tensors = {name: torch.stack([row[name] for row in rows]) for name in names}
@@ -183,8 +191,8 @@ def _only(rows: Sequence[Any]) -> Any:
     return row
 
 
-def _encoded(item: Item, vae: VAE, device: torch.device, precision: str) -> dict[str, Tensor]:
-    mu, sigma = encode(vae, item.hu, device, precision)
+def _encoded(item: Item, vae: VAE, encoder: Callable[[np.ndarray], tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    mu, sigma = encoder(item.hu)
     row = {"mu": mu, "sigma": sigma, "spacing": torch.tensor(item.spacing)}
     if item.small is not None:
         row["small"] = torch.from_numpy(item.small)
@@ -212,19 +220,23 @@ def _whole(path: Path, mark: dict[str, str]) -> bool:
 
 def make_latents(
     data: str, vae: str, out: str | Path, *, device: str | torch.device = "cpu", precision: str = "auto",
-    skip_bad: bool = False, cache_gb: float = 0.0, quiet: bool = False, workers: int = 0,
+    skip_bad: bool = False, cache_gb: float = 0.0, quiet: bool = False, workers: int = 0, memory_budget: Budget = None,
+    spool_dir: str | Path | None = None,
 ) -> Path:  # fmt: skip
     """What `t2ct latents` does: latents of the training and the validation split of `data` by the VAE in the run or
-    folder `vae`, into the folder `out`; returns it. `workers` processes read volumes ahead."""
+    folder `vae`, into the folder `out`; returns it. Arguments as of `encode_source`. ValueError, before any volume is
+    read, where the budget is less than encoding one takes."""
     check_output_folder(out)
     root, device = Path(out), torch.device(device)
     model, config, digest = load_part(vae, "vae", device)
+    dtype = find_precision(precision, device)
+    model.plan("encode", (1, 1, *config.size), memory_budget, spool_dir=spool_dir, dtype=dtype)
     for split in SPLITS:
         source = open_data(data, split, config.size, skip_bad=skip_bad)
         source = cached(source, root / "cache", cache_gb)
         if len(source):
             encode_source(
                 source, model, digest, root / split, device, precision=precision, skip_bad=skip_bad, quiet=quiet,
-                workers=workers,
+                workers=workers, memory_budget=memory_budget, spool_dir=spool_dir,
             )
     return root
