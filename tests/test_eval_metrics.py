@@ -108,6 +108,19 @@ def test_slices_are_rows_and_volumes_are_what_is_drawn():
     assert all(f.n == 30 and f.low < f.value < f.high for f in found)
 
 
+def test_interval_of_a_frechet_distance_holds_the_truth():
+    """Of the distance extrapolated to infinitely many samples, between Gaussians whose distance has a closed form."""
+    mean, scale = 0.6, 1.3
+    truth = 6 * (mean**2 + (scale - 1) ** 2)
+    inside, values = 0, []
+    for s in range(30):
+        a, b = rng(s).normal(size=(160, 6)), rng(200 + s).normal(size=(160, 6)) * scale + mean
+        found = distance(frechet_infinity, a, b, seed=s)
+        inside += found.low <= truth <= found.high
+        values.append(found.value)
+    assert inside >= 22 and np.mean(values) == pytest.approx(truth, rel=0.1)
+
+
 def test_interval_of_a_distance_holds_the_truth():
     """95 % intervals of KID between two known Gaussians, whose value is known from many samples."""
     a, b = rng(7).normal(size=(4000, 4)), rng(8).normal(size=(4000, 4)) + 0.7
