@@ -88,14 +88,15 @@ def monai_unet():
             include_spacing_input=True)  # fmt: skip
 
 
-def monai_vae():
+def monai_vae(splits: int = 1):
+    """splits: the pieces that every convolution's input is cut into, the published way to less memory."""
     from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
 
     with torch.device("meta"):
         return AutoencoderKlMaisi(
             spatial_dims=3, in_channels=1, out_channels=1, latent_channels=4, num_channels=(64, 128, 256),
             num_res_blocks=(2, 2, 2), norm_num_groups=32, norm_eps=1e-6, attention_levels=(False, False, False),
-            with_encoder_nonlocal_attn=False, with_decoder_nonlocal_attn=False, norm_float16=False, num_splits=1,
+            with_encoder_nonlocal_attn=False, with_decoder_nonlocal_attn=False, norm_float16=False, num_splits=splits,
             dim_split=1, save_mem=False)  # fmt: skip
 
 
