@@ -43,6 +43,47 @@ def test_a_run_goes_on_with_another_micro_batch_or_limit(tmp_path):
     assert (run / "final" / "vae.safetensors").read_bytes() == before
 
 
+CRITIC = dict(adversarial_weight=0.1, critic_channels=4, critic_layers=2, critic_from=0.3, augment=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        ("vae", CRITIC), ("clip", dict(micro=8, batch=16)), ("ldm", dict(batch=4, preview_count=0)),
+        ("judge", dict(batch=4)),
+    ],
+)
+def test_every_network_stopped_in_the_middle_ends_with_the_same_bits(stood_on, tmp_path, monkeypatch, kind, values):
+    told = dict(preset="tiny", steps=5, save_every=2, quiet=True, precision="float32", **values)
+    told |= {k: str(stood_on / k) for k in ("vae", "clip")} if kind == "ldm" else {}
+    train(kind, "phantoms:16", tmp_path / "whole", **told)
+    update, calls = Run.update, []
+
+    def stopping(run, micros):
+        calls.append(run.step)
+        if len(calls) == 4:  # after the checkpoint of two updates, and one that is lost
+            raise KeyboardInterrupt
+        return update(run, micros)
+
+    monkeypatch.setattr(Run, "update", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        train(kind, "phantoms:16", tmp_path / "stopped", **told)
+    train(kind, "phantoms:16", tmp_path / "stopped", resume=True, **told)
+    assert calls == [0, 1, 2, 3, 2, 3, 4]
+    ends = [load_file(tmp_path / run / "checkpoints/step-00000005.safetensors") for run in ("whole", "stopped")]
+    assert ends[0].keys() == ends[1].keys() and len(ends[0]) > 20
+    assert not [name for name, value in ends[0].items() if not torch.equal(value, ends[1][name])]
+
+
+@pytest.fixture(scope="module")
+def stood_on(tmp_path_factory):
+    """What diffusion stands on."""
+    folder = tmp_path_factory.mktemp("stood_on")
+    for kind in ("vae", "clip"):
+        train(kind, "phantoms:16", folder / kind, preset="tiny", steps=1, quiet=True)
+    return folder
+
+
 def test_more_processes_take_smaller_micro_batches():
     assert [_dividing(share, most) for share, most in ((8, 8), (4, 8), (6, 4), (5, 4), (7, 1))] == [8, 4, 3, 1, 1]
 
@@ -123,7 +164,7 @@ def test_weights_of_the_signal_to_noise_ratio():
     assert recipe.loss("unet", batch)[0].item() == pytest.approx((weight * target).mean().item(), rel=1e-5)
 
 
-def test_what_latents_leave_out_is_listed(tmp_path):
+def test_what_latents_leave_out_is_listed(stood_on, tmp_path):
     import nibabel as nib
     import numpy as np
 
@@ -138,9 +179,7 @@ def test_what_latents_leave_out_is_listed(tmp_path):
     (root / "manifest.csv").write_text("\n".join([*rows, "4/ct.nii.gz,Gone.,train"]) + "\n")
     bad = np.full((32, 32, 32), np.nan, np.float32)
     nib.save(nib.Nifti1Image(bad, np.eye(4)), root / "1" / "ct.nii.gz")
-    for kind in ("vae", "clip"):
-        train(kind, "phantoms:16", tmp_path / kind, preset="tiny", steps=1, quiet=True)
-    told = dict(vae=str(tmp_path / "vae"), clip=str(tmp_path / "clip"), preset="tiny", steps=1, batch=2, quiet=True,
+    told = dict(vae=str(stood_on / "vae"), clip=str(stood_on / "clip"), preset="tiny", steps=1, batch=2, quiet=True,
                 preview_count=0, skip_bad=True)  # fmt: skip
     with pytest.warns(UserWarning, match="1 of 5 volumes cannot be used"):
         train("ldm", str(root), tmp_path / "ldm", **told)
