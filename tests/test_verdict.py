@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from small import SMALL
 
 from t2ct.cli import main
 from t2ct.data.phantoms import LABELS, phantom
@@ -14,6 +15,7 @@ from t2ct.data.volume import Volume
 from t2ct.eval import verdicts
 from t2ct.eval.judging.judged import judged
 from t2ct.eval.metrics.factual import auc
+from t2ct.models import VAE
 from t2ct.models.judge import Judge, JudgeConfig, load_judge
 from t2ct.train.data.phantoms import PhantomSource
 
@@ -114,3 +116,26 @@ def test_how_good_a_judge_is(judge, tmp_path, capsys):
         (["--data", "phantoms:1"], "data: wanted at least 2 volumes, got 1"), (["--data", "nowhere"], "nowhere"),
     ):  # fmt: skip
         assert main(["judge", "--judge", str(file), *wrong]) == 2 and message in capsys.readouterr().err
+
+
+def test_what_comes_through_a_vae(judge, tmp_path, capsys):
+    torch.manual_seed(0)
+    vae = VAE(SMALL.vae).eval().requires_grad_(False)
+    file = tmp_path / "judge.safetensors"
+    with torch.no_grad():
+        judge.head.weight[EFFUSION, 0] = 1e-3
+    save_file({k: v.contiguous() for k, v in judge.state_dict().items()}, file, {"config": CONFIG.to_json()})
+    (tmp_path / "vae").mkdir()
+    save_file({k: v.contiguous() for k, v in vae.state_dict().items()}, tmp_path / "vae" / "vae.safetensors")
+    (tmp_path / "vae" / "config.json").write_text(SMALL.to_json())
+    found = judged("phantoms:12", file, vae=tmp_path / "vae", quiet=True, device="cpu")
+    source, scores = PhantomSource(12, "test", SMALL.size), []
+    for i in range(12):
+        x = (torch.from_numpy(source.read(i).hu)[None, None].float() + 1000) / 2000
+        hu = (vae.decode(vae.encode(x)[0]) * 2000 - 1000).clamp(-1000, 1000).round()
+        scores.append(load_judge(file)(hu)[0, EFFUSION])
+    labels = np.array([e.labels for e in source.entries])
+    wanted = auc(np.array(scores), labels[:, EFFUSION])
+    assert found["by_finding"]["Pleural effusion"]["auc"].value == pytest.approx(wanted)
+    assert main(["judge", "a.nii.gz", "--vae", str(tmp_path / "vae")]) == 2
+    assert "--vae: wanted --data" in capsys.readouterr().err

@@ -20,6 +20,7 @@ examples:
   t2ct judge ct.nii.gz
   t2ct judge ct.nii.gz --all --json
   t2ct judge --data phantoms:500            how good it is, on volumes that it was not trained on
+  t2ct judge --data phantoms:192 --vae RUN  what of them comes through a VAE
   t2ct judge --data SCANS --judge RUN
 The judge in the package has learnt from phantoms alone: it is there to measure generated volumes. Not for diagnosis.
 """
@@ -35,6 +36,7 @@ def add_parser(commands: Any, **options: Any) -> None:
     parser.add_argument("--judge", metavar="PATH", help="a judge's file or run; default: the package's")
     parser.add_argument("--data", metavar="DATA", help="instead: phantoms:N or a folder with labels: how good it is")
     parser.add_argument("--count", type=int, metavar="N", help="volumes of DATA at most")
+    parser.add_argument("--vae", metavar="RUN", help="encode and decode DATA first: what comes through a VAE")
     parser.add_argument("--device", help="cpu, cuda, …; default: cuda where there is one")
     parser.add_argument("--all", action="store_true", help="also what is improbable")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -48,6 +50,8 @@ def run(args: argparse.Namespace) -> None:
     if args.data:
         _measure(args)
         return
+    if args.vae:
+        raise ValueError("--vae: wanted --data, the volumes that go through it, got VOLUME")
     from t2ct.checks import find_device
     from t2ct.data.io import load_volume
     from t2ct.eval.judging.verdict import verdicts
@@ -93,5 +97,5 @@ def _measure(args: argparse.Namespace) -> None:
     from t2ct.eval.judging.judged import as_markdown, judged
     from t2ct.eval.run import plain
 
-    found = judged(args.data, args.judge, count=args.count, device=args.device)
+    found = judged(args.data, args.judge, count=args.count, vae=args.vae, device=args.device)
     print(json.dumps(plain(found), indent=2) if args.json else as_markdown(found))
