@@ -130,7 +130,7 @@ def summary(content: dict[str, Any]) -> str:
             continue
         lines += ["", f"| {title}: {head or 'figures'} | value | 95 % interval | n | what |", "|---|---|---|---|---|"]
         for name, figure in rows:
-            lines.append("| " + " | ".join((name, *shown(figure), str(figure["n"]), _tell(name))) + " |")
+            lines.append("| " + " | ".join((name, *shown(figure), str(figure["n"]), tell(name))) + " |")
     for title, columns, points in sweeps(content):
         lines += ["", f"{title}:", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         lines += [f"| {' | '.join(row)} |" for row in points]
@@ -146,7 +146,7 @@ def write_page(content: dict[str, Any], pictures: dict[str, bytes]) -> str:
     if content["notes"]:
         parts.append("<ul>" + "".join(f"<li>{html.escape(note)}</li>" for note in content["notes"]) + "</ul>")
     for title, head, rows in sections(content):
-        cells = [(name, *shown(figure), f"n = {figure['n']}", _tell(name)) for name, figure in rows]
+        cells = [(name, *shown(figure), f"n = {figure['n']}", tell(name)) for name, figure in rows]
         parts.append(f"<h2>{html.escape(title)}</h2><p>{html.escape(head)}</p>{_table(cells)}")
     for title, columns, points in sweeps(content):
         grid = _table([tuple(columns), *map(tuple, points)])
@@ -188,7 +188,7 @@ def _told(content: dict[str, Any]) -> str:
     return str(content["model"]) if "model" in content else f"{content['a_is']} (a) and {content['b_is']} (b)"
 
 
-def _tell(name: str) -> str:
+def tell(name: str) -> str:
     return TELLS.get(name, "")
 
 

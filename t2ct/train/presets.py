@@ -139,6 +139,7 @@ _EMBEDDED_VAE = VAETraining(
     patches=((96, 96, 24),),  # slabs of whole cross-sections first
     patch_from=(0.0,),
     workers=1,
+    finding_weight=0.1,  # else calcifications and lymph nodes, a few voxels of 442 368, are what is lost first
     **OWN_TERMS,  # type: ignore[arg-type]
 )
 EMBEDDED_RUNS = {
