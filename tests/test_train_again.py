@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,7 +18,8 @@ from t2ct.cli import main
 from t2ct.models import VAE
 from t2ct.train import train
 from t2ct.train.config import VAETraining
-from t2ct.train.data.latents import LatentSource
+from t2ct.train.data.latents import Latent, LatentSource
+from t2ct.train.ldm import measure_scale
 from t2ct.train.loop import Held, Run
 from t2ct.train.presets import preset
 from t2ct.train.run import _dividing, _told
@@ -155,6 +158,24 @@ def test_a_perceptual_distance_of_ones_own(tmp_path):
         train("clip", "phantoms:16", tmp_path / "clip", perceptual_distance=distance, preset="tiny", quiet=True)
 
 
+def test_few_latents_give_a_scale_with_a_warning():
+    class Few:
+        def __init__(self, count):
+            self.count = count
+
+        def __len__(self):
+            return self.count
+
+        def read(self, index):
+            return Latent(torch.full((4, 2, 2, 2), float(index)), torch.ones(4, 2, 2, 2), torch.ones(3))
+
+    with pytest.warns(UserWarning, match="latents: wanted 64 or more to measure a scale factor on, got 63"):
+        measure_scale(Few(63), False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert measure_scale(Few(64), False) == pytest.approx(1 / np.arange(64).std())
+
+
 def test_weights_of_the_signal_to_noise_ratio():
     recipe = ldm_recipe(latents="means", min_snr=5.0, shift=False)
     batch = steps_of(recipe, recipe.samples(), "unet")[0]
@@ -166,7 +187,6 @@ def test_weights_of_the_signal_to_noise_ratio():
 
 def test_what_latents_leave_out_is_listed(stood_on, tmp_path):
     import nibabel as nib
-    import numpy as np
 
     from t2ct.data.phantoms import phantom
 

@@ -27,6 +27,7 @@ from t2ct.train.parts.tokens import token_ids
 from t2ct.train.parts.whitening import fitted, folded, kept, multiply, whitening
 from t2ct.train.recipe import Batch, Recipe, Shown
 
+FEWEST = 64  # latents that give a scale factor to rely on
 SCALE_LATENTS = 256  # latents that the scale factor is measured on, where there are so many
 MOST_WEIGHT = 8.0  # of a latent voxel for one finding
 FULL = 16  # voxels of a small finding, of a latent voxel's 64, that count as wholly inside
@@ -52,6 +53,8 @@ def measure_scale(source: LatentSource, sampled: bool) -> float:
     variance = square / number - (total / number) ** 2
     if not variance > 0:
         raise ValueError(f"latents: wanted some that differ, got a variance of {variance:g}")
+    if count < FEWEST:
+        warnings.warn(f"latents: wanted {FEWEST} or more to measure a scale factor on, got {count}", stacklevel=2)
     return 1 / math.sqrt(variance)
 
 
