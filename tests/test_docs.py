@@ -22,8 +22,9 @@ def test_evaluation_in_the_docs_is_that_of_the_file(evaluation, page):
     content = json.loads((ROOT / "docs" / "evaluation.json").read_text())
     text = (ROOT / "docs" / page).read_text()
     assert evaluation.filled(text, content) == text
-    for rows in (evaluation.rows_of(content), evaluation.finding_rows(content)):
-        assert sum(row in text for row in rows.values()) >= (8 if page == "evaluation.md" and len(rows) > 18 else 0)
+    lines = set(text.splitlines())
+    shown = [len(lines & set(rows(content).values())) for rows in (evaluation.rows_of, evaluation.finding_rows)]
+    assert shown[0] >= 10 and shown[1] == (18 if page == "model-card.md" else 0)
     content["factual"]["auc_macro_generated"]["value"] = 0.123
     assert evaluation.filled(text, content) != text
 

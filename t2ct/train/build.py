@@ -15,6 +15,7 @@ from t2ct.train.clip import CLIPRecipe
 from t2ct.train.config import CLIPTraining, JudgeTraining, LDMTraining, Training, VAETraining
 from t2ct.train.data import Source, open_data
 from t2ct.train.data.latents import LatentSource, encode_source
+from t2ct.train.data.order import note_bad
 from t2ct.train.data.phantoms import VALID_COUNT
 from t2ct.train.data.source import Unread, cached
 from t2ct.train.judge import JudgeRecipe
@@ -66,17 +67,10 @@ def _source(config: Training, data: str, split: str, cache: Path, bad: Path) -> 
         valid_count=max(VALID_COUNT, config.valid_count),
     )  # fmt: skip
     for line in left_out:
-        _note(bad, line)
+        note_bad(bad, line)
     if isinstance(config, CLIPTraining) and not config.contrast_weight:
         return Unread(source)
     return cached(source, cache, config.cache_gb) if len(source) else source
-
-
-def _note(bad: Path, line: str) -> None:
-    """Add a line on what was left out to RUN/bad.txt."""
-    known = bad.read_text(encoding="utf-8").splitlines() if bad.exists() else []
-    if line not in known:
-        write_files({bad: ("\n".join([*known, line]) + "\n").encode()})
 
 
 def _tokenizer(config: CLIPTraining, source: Source, root: Path) -> Tokenizer:
@@ -122,7 +116,7 @@ def _build_ldm(
         if len(source):
             found[split] = encode_source(
                 source, vae, digest, root / "latents" / split, device, precision=config.precision,
-                skip_bad=config.skip_bad, told=partial(_note, root / "bad.txt"), quiet=quiet, workers=config.workers,
+                skip_bad=config.skip_bad, told=partial(note_bad, root / "bad.txt"), quiet=quiet, workers=config.workers,
                 memory_budget=config.memory or None,
             )  # fmt: skip
     torch.manual_seed(config.seed)

@@ -75,11 +75,17 @@ class Samples(Dataset):
 
     def _note(self, error: BadVolume) -> None:
         if self.bad is not None:
-            known = self.bad.read_text(encoding="utf-8") if self.bad.exists() else ""
-            line = " ".join(str(error).split())
-            if line not in known:
-                with self.bad.open("a", encoding="utf-8") as file:
-                    file.write(line + "\n")
+            note_bad(self.bad, str(error))
+
+
+def note_bad(path: Path, words: str) -> None:
+    """Add a line on what was left out to RUN/bad.txt, once: an epoch comes by again. Appended, since readers in other
+    processes may do so at the same time."""
+    line = " ".join(words.split())
+    known = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    if line not in known:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
 
 def collate(samples: Sequence[dict[str, Tensor] | BadVolume]) -> dict[str, Tensor] | BadVolume:
