@@ -105,8 +105,7 @@ def make_plan(graph: Graph, budget: int, spool: bool, output_itemsize: int, besi
             return plan
         # Packing loses something between buffers. The next best plan is the best of those that need less than this one;
         # where many are alike, what is lost is taken off the budget, which may pass one by.
-        held = simulate(graph, place, range(1, len(graph.nodes))).peak(whole.outside)
-        room = min(room, held) - (1 if turn < SEARCHES // 2 else plan.peak - budget)
+        room = min(room, plan.held(whole.outside)) - (1 if turn < SEARCHES // 2 else plan.peak - budget)
     least = smallest_plan(graph, spool, output_itemsize)
     if least.peak <= budget:
         return least
@@ -158,7 +157,7 @@ def _search(graph: Graph, room: int | None, spool: bool, outside: int) -> tuple[
         for (cost, before), inside in product(states.values(), _choices(graph, segment, spool)):
             place = (*before, *inside, *[MEMORY] * (len(graph.nodes) - len(before) - len(inside)))
             found = simulate(graph, place, segment)
-            peak = found.peak(outside)
+            peak = found.held(outside)
             if room is not None and peak > room:
                 continue
             seconds = cost[1] + found.flops / rate + found.spooled / speed

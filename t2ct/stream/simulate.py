@@ -70,6 +70,10 @@ class Totals:
         """Bytes of the arena in use during pass p."""
         return sum(b.bytes for b in self.buffers if b.first <= p <= b.last)
 
+    def held(self, outside: int) -> int:
+        """The peak if packing loses nothing, where `outside` bytes are allocated beside the arena at least once."""
+        return max((self.live(i) + max(p.outside, outside) for i, p in enumerate(self.passes)), default=0)
+
 
 @dataclass(frozen=True)
 class Simulation(Totals):
@@ -78,10 +82,6 @@ class Simulation(Totals):
     passes: tuple[Pass, ...]
     buffers: tuple[Buffer, ...]
     spool: int
-
-    def peak(self, outside: int) -> int:
-        """The peak if packing loses nothing, where `outside` bytes are allocated beside the arena at least once."""
-        return max((self.live(i) + max(p.outside, outside) for i, p in enumerate(self.passes)), default=0)
 
 
 def chain_of(graph: Graph, place: Sequence[str], n: int) -> tuple[int, ...]:
